@@ -1,0 +1,41 @@
+# Every target makes the virtual environment it needs; nothing but python3 and make has to be there.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint types bench clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+venv: $(STAMP)  ## make .venv with the pinned dependencies
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+demo: $(STAMP)  ## a long tool log, questions, a restart, questions again
+	$(BIN)/infllm-agent demo
+
+test: $(STAMP)  ## run the tests; ARGS="-k hub" for some of them
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP)  ## check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)  ## check types
+	$(BIN)/mypy
+
+bench: $(STAMP)  ## measure retrieval and speed; results in bench-results/
+	mkdir -p bench-results
+	$(BIN)/infllm-agent bench retrieval --task passkey --tokens 16384 --method infllm,truncate \
+		--json bench-results/retrieval.json
+	$(BIN)/infllm-agent bench speed --histories 2048,16384 --systems infllm,plain --json bench-results/speed.json
+
+clean:  ## remove what the other targets made
+	rm -rf $(VENV) build dist *.egg-info bench-results .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,175 @@
+"""Where a block's bytes live: device slots (LRU) over host memory, which may be a map of files on disk."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from infllm_agent.blockfile import SEGMENT_BLOCKS, BlockShape, Records, map_blocks, segment_path, write_blocks
+from infllm_agent.errors import CorruptSession
+
+
+class BlockStore:
+    """All sealed blocks of a session, below the device. Blocks are numbered from 0 and never change.
+
+    Blocks sealed by this process lie in host memory; those of an earlier one are memory-mapped from the session's
+    files, verified when first read.
+    """
+
+    def __init__(self, shape: BlockShape, *, pin: bool = False) -> None:
+        self.shape = shape
+        self._pin = pin
+        self._segments: list[Records] = []
+        self._bases: list[int] = []  # number of the first block of each segment
+        self._folder: Path | None = None
+        self._unverified: set[tuple[int, int]] = set()  # (block, layer) read from disk but not checked yet
+        self.mapped = 0  # blocks that lie in mapped files
+        self.count = 0
+
+    def new_block(self) -> int:
+        """Room for one more block; fill it with ``put`` for every layer, then ``seal`` it."""
+        if not self._segments or self.count >= self._bases[-1] + self._segments[-1].count:
+            self._segments.append(Records.empty(self.shape, SEGMENT_BLOCKS, pin=self._pin))
+            self._bases.append(self.count)
+        self.count += 1
+        return self.count - 1
+
+    def put(self, block: int, layer: int, k: Tensor, v: Tensor, representative: Tensor) -> None:
+        """Store ``k``, ``v`` (kv_heads, block_size, head_dim) and the representative key (kv_heads, head_dim)."""
+        records, index = self._locate(block)
+        records.kv[index, layer, 0].copy_(k)
+        records.kv[index, layer, 1].copy_(v)
+        records.representatives[index, layer].copy_(representative)
+
+    def get(self, block: int, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values (kv_heads, block_size, head_dim) of one layer, as views of host memory.
+
+        Raises:
+            CorruptSession: the stored bytes fail their checksum.
+        """
+        records, index = self._locate(block)
+        if (block, layer) in self._unverified:
+            if not records.verify_layer(index, layer):
+                assert self._folder is not None
+                path = segment_path(self._folder, block // SEGMENT_BLOCKS)
+                raise CorruptSession(f"{path}: block {block}, layer {layer}: keys and values fail their checksum")
+            self._unverified.discard((block, layer))
+        return records.kv[index, layer, 0], records.kv[index, layer, 1]
+
+    def representatives(self, first: int, stop: int) -> Tensor:
+        """Representatives of blocks ``first .. stop - 1``: (stop - first, layers, kv_heads, head_dim)."""
+        rows = [self._locate(block) for block in range(first, stop)]
+        return torch.stack([records.representatives[index] for records, index in rows])
+
+    def write_new(self, folder: Path, first: int) -> int:
+        """Write blocks ``first .. count - 1`` to the session's files and fsync them. Returns bytes written."""
+        rows = []
+        for block in range(first, self.count):
+            records, index = self._locate(block)
+            records.seal(index)
+            rows.append(records.bytes[index])
+        return write_blocks(folder, self.shape, first, rows)
+
+    def map(self, folder: Path, count: int) -> None:
+        """Take over ``count`` committed blocks from a session's files; the store must be empty.
+
+        Raises:
+            CorruptSession: a file is missing or damaged.
+        """
+        if self.count:
+            raise ValueError(f"blocks can be mapped into an empty store only; this one holds {self.count}")
+        self._segments = map_blocks(folder, self.shape, count)
+        self._bases = [i * SEGMENT_BLOCKS for i in range(len(self._segments))]
+        self._folder = folder
+        self._unverified = {(block, layer) for block in range(count) for layer in range(self.shape.layers)}
+        self.count = self.mapped = count
+
+    def host_bytes(self) -> int:
+        """Bytes of host memory held, mapped files not counted."""
+        return sum(
+            records.bytes.numel()
+            for base, records in zip(self._bases, self._segments, strict=True)
+            if base >= self.mapped
+        )
+
+    def _locate(self, block: int) -> tuple[Records, int]:
+        if not 0 <= block < self.count:
+            raise ValueError(f"block {block} is not stored; there are {self.count}")
+        if block < self.mapped:
+            return self._segments[block // SEGMENT_BLOCKS], block % SEGMENT_BLOCKS
+        # Segments made by this process follow the mapped ones, each SEGMENT_BLOCKS long.
+        mapped_segments = -(-self.mapped // SEGMENT_BLOCKS)
+        segment, index = divmod(block - self.mapped, SEGMENT_BLOCKS)
+        return self._segments[mapped_segments + segment], index
+
+
+class CacheCounters(NamedTuple):
+    hits: int
+    misses: int
+
+
+class BlockCache:
+    """The blocks of one layer that lie on the device: a fixed number of slots, least recently used out first.
+
+    Slots are preallocated: (kv_heads, slots, block_size, head_dim) for keys and for values.
+    """
+
+    def __init__(self, slots: int, shape: BlockShape, device: torch.device) -> None:
+        size = (shape.kv_heads, slots, shape.block_size, shape.head_dim)
+        self.k = torch.empty(size, dtype=shape.torch_dtype, device=device)
+        self.v = torch.empty(size, dtype=shape.torch_dtype, device=device)
+        self.slots = slots
+        self._slot_of: OrderedDict[int, int] = OrderedDict()  # block -> slot, least recently used first
+        self._free = list(reversed(range(slots)))
+        self._hits = 0
+        self._misses = 0
+
+    def fetch(self, blocks: Sequence[int], load: Callable[[int], tuple[Tensor, Tensor]]) -> list[int]:
+        """The slots of ``blocks``, loading those that are absent. None of ``blocks`` is evicted for another of them.
+
+        Args:
+            load: gives a block's keys and values, each (kv_heads, block_size, head_dim), on any device.
+
+        Raises:
+            ValueError: more blocks than slots.
+        """
+        if len(blocks) > self.slots:
+            raise ValueError(f"{len(blocks)} blocks asked for at once, but the cache has {self.slots} slots")
+        missing = [block for block in blocks if block not in self._slot_of]
+        for block in blocks:
+            if block in self._slot_of:
+                self._slot_of.move_to_end(block)
+        self._hits += len(blocks) - len(missing)
+        self._misses += len(missing)
+        for block in missing:
+            k, v = load(block)  # before anything is evicted: a failed load leaves the cache as it was
+            slot = self._free.pop() if self._free else self._slot_of.popitem(last=False)[1]
+            self.k[:, slot].copy_(k, non_blocking=True)
+            self.v[:, slot].copy_(v, non_blocking=True)
+            self._slot_of[block] = slot
+        return [self._slot_of[block] for block in blocks]
+
+    def __contains__(self, block: int) -> bool:
+        return block in self._slot_of
+
+    def __len__(self) -> int:
+        return len(self._slot_of)
+
+    @property
+    def counters(self) -> CacheCounters:
+        """Hits and misses so far, in blocks."""
+        return CacheCounters(self._hits, self._misses)
+
+    def device_bytes(self) -> int:
+        return self.k.nbytes + self.v.nbytes
+
+    def check_integrity(self) -> None:
+        """Raise RuntimeError unless free and used slots together are all slots, each once."""
+        used = list(self._slot_of.values())
+        if sorted(used + self._free) != list(range(self.slots)):
+            raise RuntimeError(f"slots are lost or shared: used {used}, free {self._free}, of {self.slots}")

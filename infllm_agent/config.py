@@ -1,0 +1,99 @@
+"""Settings: frozen and validated, so that a combination that cannot work cannot be built."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from infllm_agent.errors import ConfigError
+
+Positions = Literal["one_angle", "ordinary"]
+
+
+class Settings(BaseModel):
+    """Base of all settings: immutable, unknown names refused, mistakes reported in one line."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError(one_line(error, type(self).__name__)) from None
+
+
+def one_line(error: ValidationError, owner: str) -> str:
+    """The first problem of a validation error as one sentence that names the field and its value."""
+    first = error.errors(include_url=False)[0]
+    field = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    if not field:
+        return f"{owner}: {message}"
+    return f"{owner}.{field} = {first['input']!r}: {message}"
+
+
+class MemoryConfig(Settings):
+    """The context memory's sizes, in tokens unless stated otherwise. Names follow the paper (arXiv 2402.04617).
+
+    A step attends to at most ``n_init + topk * block_size`` far keys, the local window, and its own chunk,
+    however long the session is.
+    """
+
+    n_init: int = Field(128, ge=0, description="attention sinks: the first tokens of the session, always attended")
+    n_local: int = Field(2048, ge=1, description="local window: the latest tokens, attended at true positions")
+    block_size: int = Field(128, ge=1, description="consecutive evicted tokens that are stored and looked up together")
+    repr_topk: int = Field(4, ge=1, description="representative tokens per block")
+    topk: int = Field(16, ge=0, description="blocks looked up for each chunk, in each layer")
+    chunk_size: int = Field(512, ge=1, description="execution chunk: most tokens that go through the model at once")
+    max_cached_block: int = Field(32, ge=0, description="blocks kept on the device per layer (LRU)")
+    positions: Positions = Field(
+        "one_angle",
+        description="one_angle: all far keys at the rotary distance n_local (the paper); ordinary: true distances",
+    )
+
+    @model_validator(mode="after")
+    def _sizes_fit_together(self) -> MemoryConfig:
+        if self.repr_topk > self.block_size:
+            raise ValueError(f"repr_topk {self.repr_topk} is more than block_size {self.block_size} tokens")
+        if self.topk > self.max_cached_block:
+            raise ValueError(
+                f"topk {self.topk} is more than the cache holds (max_cached_block {self.max_cached_block}); "
+                "lower topk or raise max_cached_block"
+            )
+        return self
+
+    @classmethod
+    def paper(cls) -> MemoryConfig:
+        """The settings the authors ship for a model with a window of 8K tokens."""
+        return cls(
+            n_init=128, n_local=4096, block_size=128, repr_topk=4, topk=16, chunk_size=512, max_cached_block=32
+        )
+
+    @property
+    def window_capacity(self) -> int:
+        """Most tokens at true positions at once: the window, a block (or the sinks) not yet evicted, and a chunk."""
+        return self.n_local + max(self.block_size, self.n_init) + self.chunk_size
+
+    @property
+    def attended_keys(self) -> int:
+        """Most keys any query attends to."""
+        return self.n_init + self.topk * self.block_size + self.window_capacity
+
+
+class SamplingConfig(Settings):
+    """How the next token is chosen. ``temperature=0`` is greedy."""
+
+    max_tokens: int = Field(256, ge=1)
+    temperature: float = Field(0.0, ge=0.0, le=10.0)
+    top_p: float = Field(1.0, gt=0.0, le=1.0)
+    top_k: int = Field(0, ge=0, description="0: no limit")
+    repetition_penalty: float = Field(1.0, gt=0.0, le=10.0)
+    stop: tuple[str, ...] = ()
+    seed: int | None = Field(None, ge=0)
+
+    @model_validator(mode="after")
+    def _stop_is_text(self) -> SamplingConfig:
+        if any(not text for text in self.stop):
+            raise ValueError("a stop sequence may not be empty")
+        return self

@@ -1,0 +1,53 @@
+"""Every error a user can meet. Each message says what happened, with which value, and what to do."""
+
+from __future__ import annotations
+
+
+class InfLLMError(Exception):
+    """Base of all errors raised on purpose by this package. The command line prints its message as one line."""
+
+
+class ConfigError(InfLLMError, ValueError):
+    """A setting, or a combination of settings, that cannot work."""
+
+
+class ModelNotFound(InfLLMError):
+    """No model by that name: not a folder, not packaged, not in the hub's cache."""
+
+
+class UnsupportedModel(InfLLMError):
+    """The model's attention cannot be served by the memory exactly; it is refused rather than computed wrongly."""
+
+
+class UnknownSession(InfLLMError, KeyError):
+    """No session by that name in this root."""
+
+    __str__ = Exception.__str__  # KeyError would print the message in quotes
+
+
+class InvalidName(InfLLMError, ValueError):
+    """A session, role or tool name outside the allowed alphabet."""
+
+
+class SessionLocked(InfLLMError):
+    """Another process has the session open for writing."""
+
+
+class SessionMismatch(InfLLMError):
+    """The session was made with another model, tokenizer or memory configuration; the message names the field."""
+
+
+class SessionClosed(InfLLMError):
+    """The session was closed; open it again through the runtime."""
+
+
+class CorruptSession(InfLLMError):
+    """Stored bytes fail their checksum, or a file is missing; the message names the file."""
+
+
+class StorageError(InfLLMError):
+    """The root cannot be read or written (permissions, no space)."""
+
+
+class BudgetExceeded(InfLLMError):
+    """A byte budget would be exceeded."""

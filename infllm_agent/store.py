@@ -1,0 +1,334 @@
+"""One session on disk: messages, token ids, chunk boundaries and the committed generation, in its session.db.
+
+Everything is append-only except the generation, which a commit moves forward in the same transaction. What a commit
+refers to in other files (blocks, tail) must be on stable storage before it.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import threading
+import time
+from array import array
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from infllm_agent.catalog import SESSION_DATABASE, Catalog, SessionExists, SessionInfo, read_info
+from infllm_agent.database import SESSION_SCHEMA, connect, storage_errors, transaction
+from infllm_agent.errors import SessionClosed, StorageError, UnknownSession
+from infllm_agent.locks import WriterLock
+from infllm_agent.records import (
+    MESSAGE_COLUMNS,
+    Generation,
+    Message,
+    SessionRow,
+    as_messages,
+    as_token_ids,
+    checksum,
+    expand_runs,
+    expect,
+    joined_token_ids,
+    message_row,
+    messages_end,
+    read_generation,
+    read_session,
+    run_lengths,
+    token_row,
+    write_generation,
+    write_session,
+)
+
+__all__ = ["Message", "SessionStore"]
+
+TOKENS_PER_ROW = 1 << 16  # keeps a slice of a long log cheap to read
+
+
+class SessionStore:
+    """An open session folder. Any number of threads may use one; only one writer per session exists at a time.
+
+    Besides what each method names, all of them raise SessionClosed after ``close``, CorruptSession if stored bytes
+    are damaged and StorageError if the disk cannot be read or written.
+    """
+
+    def __init__(self, catalog: Catalog, id: str, name: str, lock: WriterLock | None) -> None:
+        """Use ``create``, ``open`` or ``open_or_create``."""
+        self.id = id
+        self.name = name
+        self.folder: Path = catalog.folder(id)
+        self._catalog = catalog
+        self._lock = lock
+        self._closed = False
+        self._mutex = threading.RLock()
+        self._path = self.folder / SESSION_DATABASE
+        self._db = connect(self._path, SESSION_SCHEMA, readonly=lock is None)
+        try:
+            with self._using() as conn:
+                row = read_session(conn)
+                expect(row.name == name, f'it holds session "{row.name}", not "{name}"')
+            self.fingerprint: dict[str, Any] = json.loads(row.fingerprint)
+            self.created = row.created
+            if lock is not None:
+                catalog.record(self.info)
+        except BaseException:
+            self._db.close()
+            raise
+
+    @classmethod
+    def create(cls, root: str | PathLike[str], name: str, fingerprint: dict[str, Any]) -> SessionStore:
+        """Make a session and open it for writing. ``fingerprint`` is kept as JSON: tuples come back as lists.
+
+        Raises SessionExists (also in the loser of two processes that create one name), InvalidName, StorageError.
+        """
+        text = json.dumps(fingerprint, allow_nan=False)
+
+        def fill(folder: Path) -> None:
+            now = time.time()
+            with closing(connect(folder / SESSION_DATABASE, SESSION_SCHEMA, create=True)) as db, transaction(db.conn):
+                write_session(db.conn, SessionRow(name, text, now))
+                write_generation(db.conn, Generation(0, None, 0, 0, 0, 0, 0, 0, now))
+
+        catalog = Catalog(root)
+        id, lock = catalog.add(name, fill)
+        return cls._locked(catalog, id, name, lock)
+
+    @classmethod
+    def open(cls, root: str | PathLike[str], name: str, *, readonly: bool = False) -> SessionStore:
+        """Open a session. A reader takes no lock and follows a writer's commits as they happen.
+
+        Raises UnknownSession, InvalidName, SessionLocked (at once) if another writer has it, StorageError,
+        CorruptSession.
+        """
+        catalog = Catalog(root)
+        id = catalog.require(name)
+        if readonly:
+            return cls(catalog, id, name, None)
+        return cls._locked(catalog, id, name, WriterLock(catalog.folder(id), name))
+
+    @classmethod
+    def open_or_create(cls, root: str | PathLike[str], name: str, fingerprint: dict[str, Any]) -> SessionStore:
+        """Open a session for writing, made now if there is none.
+
+        An existing one keeps its own fingerprint: compare it. Raises what ``open`` and ``create`` raise, except
+        UnknownSession and SessionExists.
+        """
+        while True:
+            try:
+                return cls.open(root, name)
+            except UnknownSession:
+                pass
+            try:
+                return cls.create(root, name, fingerprint)
+            except SessionExists:
+                pass  # made by another process just now
+
+    @classmethod
+    def _locked(cls, catalog: Catalog, id: str, name: str, lock: WriterLock) -> SessionStore:
+        try:
+            return cls(catalog, id, name, lock)
+        except BaseException:
+            lock.release()
+            raise
+
+    @property
+    def readonly(self) -> bool:
+        """Whether it was opened for reading only."""
+        return self._lock is None
+
+    @property
+    def generation(self) -> int:
+        """The number of the last commit; 0 before the first."""
+        return self._head().number
+
+    @property
+    def state(self) -> dict[str, Any] | None:
+        """What the last commit was given as ``state``; None before the first."""
+        text = self._head().state
+        if text is None:
+            return None
+        state: dict[str, Any] = json.loads(text)
+        return state
+
+    @property
+    def message_count(self) -> int:
+        """Messages committed."""
+        return self._head().messages
+
+    @property
+    def token_count(self) -> int:
+        """Token ids committed."""
+        return self._head().tokens
+
+    @property
+    def updated(self) -> float:
+        """Unix seconds of the last commit; of the creation before the first."""
+        return self._head().updated
+
+    @property
+    def info(self) -> SessionInfo:
+        """The session's line in the catalogue, as of now."""
+        with self._using() as conn:
+            return read_info(conn, self.id)
+
+    def commit(
+        self,
+        *,
+        messages: Sequence[Message],
+        token_ids: Sequence[int],
+        chunks: Sequence[tuple[int, int]],
+        state: dict[str, Any],
+        bytes_on_disk: int,
+        blocks: int = 0,
+    ) -> int:
+        """Append messages, token ids and execution chunks (start, length), replace the state; all of it or nothing.
+
+        Indexes continue without gaps; spans are in order, do not overlap, and lie within the token log as it is
+        after this commit; chunks continue without gaps and lie within it too. ``state`` is kept as JSON.
+        ``bytes_on_disk`` and ``blocks`` are totals for the catalogue. Returns the new generation.
+
+        Raises ValueError for input that breaks these rules, StorageError if opened read-only. After any error the
+        session is as before; but if the machine then dies before the next commit, a StorageError's commit may turn
+        out to have happened, so keep its files until then.
+        """
+        ids = as_token_ids(token_ids)
+        text = json.dumps(state, allow_nan=False)
+        with self._using() as conn:
+            if self._lock is None:
+                raise StorageError(f'session "{self.name}" was opened read-only')
+            with transaction(conn):
+                head = self._head()
+                tokens = head.tokens + len(ids)
+                message_end = messages_end(messages, head, tokens)
+                runs, chunk_end = run_lengths(chunks, head.chunk_end, tokens)
+                conn.executemany(
+                    f"INSERT INTO messages ({MESSAGE_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    [message_row(message) for message in messages],
+                )
+                conn.executemany(
+                    "INSERT INTO messages_fts (rowid, text) VALUES (?, ?)", [(m.index, m.text) for m in messages]
+                )
+                for start in range(0, len(ids), TOKENS_PER_ROW):
+                    row = token_row(ids[start : start + TOKENS_PER_ROW])
+                    conn.execute("INSERT INTO tokens (start, ids, crc) VALUES (?, ?, ?)", (head.tokens + start, *row))
+                conn.executemany(
+                    "INSERT INTO chunks (start, length, count, crc) VALUES (?, ?, ?, ?)",
+                    [(*run, checksum(*run)) for run in runs],
+                )
+                new = Generation(
+                    number=head.number + 1,
+                    state=text,
+                    messages=head.messages + len(messages),
+                    tokens=tokens,
+                    message_end=message_end,
+                    chunk_end=chunk_end,
+                    blocks=blocks,
+                    bytes_on_disk=bytes_on_disk,
+                    updated=time.time(),
+                )
+                write_generation(conn, new)
+            info = read_info(conn, self.id)
+        self._catalog.record(info)
+        return new.number
+
+    def messages(self, start: int = 0, stop: int | None = None) -> list[Message]:
+        """The messages of a slice, as ``list[start:stop]`` means it: ``messages(-5)`` are the last five."""
+        with self._using() as conn:
+            first, last, _ = slice(start, stop).indices(self.message_count)
+            rows = conn.execute(
+                f"SELECT {MESSAGE_COLUMNS} FROM messages WHERE position >= ? AND position < ? ORDER BY position",
+                (first, last),
+            ).fetchall()
+            messages = as_messages(rows)
+            expect([m.index for m in messages] == list(range(first, last)), "some messages are missing")
+            return messages
+
+    def token_ids(self, start: int = 0, stop: int | None = None) -> array[int]:
+        """The token ids of a slice, as 32-bit integers (``torch.frombuffer(ids, dtype=torch.int32)`` shares them)."""
+        with self._using() as conn:
+            first, last, _ = slice(start, stop).indices(self.token_count)
+            if first >= last:
+                return array("i")
+            rows = conn.execute(
+                "SELECT start, ids, crc FROM tokens WHERE start < ? AND start >="
+                " (SELECT max(start) FROM tokens WHERE start <= ?) ORDER BY start",
+                (last, first),
+            ).fetchall()
+            return joined_token_ids(rows, first, last)
+
+    def chunks(self) -> list[tuple[int, int]]:
+        """Every execution chunk as (start, length), in order."""
+        with self._using() as conn:
+            end = self._head().chunk_end
+            rows = conn.execute("SELECT start, length, count, crc FROM chunks WHERE start < ? ORDER BY start", (end,))
+            return expand_runs(rows, end)
+
+    def search(self, query: str, limit: int = 20) -> list[Message]:
+        """Messages whose text has all the words of ``query``, newest first; any text is a valid query.
+
+        Case and accents do not matter. If no message has the words, messages that contain ``query`` literally
+        (parts of words, punctuation, scripts without spaces).
+        """
+        literal = query.encode("utf-8", "replace").decode("utf-8").strip()
+        if not literal or limit < 1:
+            return []
+        # Each word in quotes is a phrase, whatever is in it; a NUL would end the expression for SQLite.
+        words = dict.fromkeys(word for word in literal.replace("\0", " ").split() if any(map(str.isalnum, word)))
+        expression = " ".join('"' + word.replace('"', '""') + '"' for word in words)
+        with self._using() as conn:
+            rows = []
+            if expression:
+                rows = conn.execute(
+                    f"SELECT {MESSAGE_COLUMNS} FROM messages WHERE position IN (SELECT rowid FROM messages_fts"
+                    " WHERE messages_fts MATCH ? ORDER BY rowid DESC LIMIT ?) ORDER BY position DESC",
+                    (expression, limit),
+                ).fetchall()
+            if not rows:
+                rows = conn.execute(
+                    f"SELECT {MESSAGE_COLUMNS} FROM messages WHERE instr(text, ?) > 0 ORDER BY position DESC LIMIT ?",
+                    (literal, limit),
+                ).fetchall()
+            return as_messages(rows)
+
+    def verify(self) -> None:
+        """Read and check everything; CorruptSession says what is damaged. Takes time proportional to the history."""
+        with self._using() as conn:
+            result = conn.execute("PRAGMA integrity_check(1)").fetchone()[0]
+            expect(result == "ok", str(result))
+            if self._lock is not None:  # FTS5 takes this question as a write
+                conn.execute("INSERT INTO messages_fts (messages_fts, rank) VALUES ('integrity-check', 1)")
+            self.messages()
+            self.token_ids()
+            self.chunks()
+
+    def close(self) -> None:
+        """Close the files and give the lock back; more than once does no harm."""
+        with self._mutex:
+            if self._closed:
+                return
+            self._closed = True
+            try:
+                self._db.close()
+            finally:
+                if self._lock is not None:
+                    self._lock.release()
+
+    def __enter__(self) -> SessionStore:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    @contextmanager
+    def _using(self) -> Iterator[sqlite3.Connection]:
+        with self._mutex:
+            if self._closed:
+                raise SessionClosed(f'session "{self.name}" is closed; open it again')
+            with storage_errors(self._path):
+                yield self._db.conn
+
+    def _head(self) -> Generation:
+        with self._using() as conn:
+            return read_generation(conn)

@@ -1,0 +1,149 @@
+"""Plain, slow references, written from the equations: what the fast paths are tested against."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from infllm_agent.config import MemoryConfig
+from infllm_agent.kernels.rotary import Rotary
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    causal: bool = False,
+    mask: Tensor | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``kernels.attention.attend`` head by head in float64: outputs (q_heads, n, head_dim), lse (q_heads, n)."""
+    group = q.shape[0] // k.shape[0]
+    outs, lses = [], []
+    for head in range(q.shape[0]):
+        logits = q[head].double() @ k[head // group].double().T * scale
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        if causal:
+            logits = logits.masked_fill(torch.ones_like(logits).triu(1).bool(), -math.inf)
+        if mask is not None:
+            logits = logits.masked_fill(~mask, -math.inf)
+        outs.append(torch.softmax(logits, -1) @ v[head // group].double())
+        lses.append(torch.logsumexp(logits, -1))
+    return torch.stack(outs).to(q.dtype), torch.stack(lses).float()
+
+
+class ReferenceLayer:
+    """InfLLM over one layer, from the whole history at every chunk. Nothing is incremental, nothing is cached.
+
+    Args:
+        rotary: how positions rotate queries and keys, or None.
+        sliding_window: for layers that the model limits to their latest tokens.
+    """
+
+    def __init__(self, config: MemoryConfig, rotary: Rotary | None, sliding_window: int | None) -> None:
+        self.config = config
+        self.rotary = rotary
+        self.sliding_window = sliding_window
+        self.q: list[Tensor] = []  # one (heads, head_dim) each token, without rotary
+        self.k: list[Tensor] = []
+        self.v: list[Tensor] = []
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None) -> Tensor:
+        """One chunk (heads, n, head_dim) after everything before it; returns (q_heads, n, head_dim)."""
+        past = len(self.k)
+        self.q.extend(q.unbind(1))
+        self.k.extend(k.unbind(1))
+        self.v.extend(v.unbind(1))
+        if self.sliding_window is not None:
+            far, near_from = [], 0
+        else:
+            n_sinks, n_blocks = self.evicted(past)
+            blocks = self.look_up(range(past, len(self.k)), n_sinks, n_blocks)
+            far = list(range(n_sinks)) + [token for block in blocks for token in self.tokens(block, n_sinks)]
+            near_from = n_sinks + n_blocks * self.config.block_size
+        return torch.stack([self.one(token, far, near_from, scale, softcap) for token in range(past, len(self.k))], 1)
+
+    def evicted(self, past: int) -> tuple[int, int]:
+        """(sinks, blocks) after ``past`` tokens: all that can leave while ``n_local`` tokens stay."""
+        config = self.config
+        if past < config.n_init + config.n_local:
+            return 0, 0
+        return config.n_init, (past - config.n_init - config.n_local) // config.block_size
+
+    def tokens(self, block: int, n_sinks: int) -> range:
+        """The tokens of a block."""
+        start = n_sinks + block * self.config.block_size
+        return range(start, start + self.config.block_size)
+
+    def representatives(self, block: int, n_sinks: int) -> list[list[int]]:
+        """For each key head, the ``repr_topk`` tokens m of the block with the highest r_m = 1/l Σ_j q_{m+j}·k_m."""
+        chosen = []
+        for head in range(self.k[0].shape[0]):
+            scores = []
+            for m in self.tokens(block, n_sinks):
+                received = [
+                    float(self.shared_query(m + j, head) @ self.k[m][head]) for j in range(1, self.config.n_local + 1)
+                ]
+                scores.append((sum(received) / self.config.n_local, m))
+            chosen.append([m for _, m in sorted(scores, reverse=True)[: self.config.repr_topk]])
+        return chosen
+
+    def look_up(self, queries: range, n_sinks: int, n_blocks: int) -> list[int]:
+        """The ``topk`` blocks by sim(X, B) = Σ_i Σ_j q_i·k_{r_j}, summed over heads."""
+        scored = []
+        for block in range(n_blocks):
+            similarity = 0.0
+            for head, tokens in enumerate(self.representatives(block, n_sinks)):
+                for i in queries:
+                    similarity += sum(float(self.shared_query(i, head) @ self.k[m][head]) for m in tokens)
+            scored.append((similarity, block))
+        return [block for _, block in sorted(scored, reverse=True)[: self.config.topk]]
+
+    def shared_query(self, token: int, head: int) -> Tensor:
+        """The token's query averaged over the query heads that share a key head."""
+        return self.q[token].view(self.k[0].shape[0], -1, self.q[token].shape[-1])[head].mean(0)
+
+    def one(self, token: int, far: list[int], near_from: int, scale: float, softcap: float | None) -> Tensor:
+        """One softmax of one query over far keys, window, and chunk up to itself."""
+        near = [m for m in range(near_from, token + 1) if m not in far]
+        if self.sliding_window is not None:
+            near = near[-self.sliding_window :]
+        logits, values = [], []
+        for m in far + near:
+            # Each pair of query and key is rotated by its own distance: rotating the query alone suffices.
+            distance = token - m
+            if m in far and self.config.positions == "one_angle":
+                distance = self.config.n_local
+            q = self.q[token]
+            if self.rotary is not None:
+                q = self.rotary.rotate(q.unsqueeze(1), self.rotary.angles(torch.tensor([distance])))[:, 0]
+            group = q.shape[0] // self.k[m].shape[0]
+            logit = (q * self.k[m].repeat_interleave(group, 0)).sum(-1) * scale
+            if softcap is not None:
+                logit = softcap * torch.tanh(logit / softcap)
+            logits.append(logit)
+            values.append(self.v[m].repeat_interleave(group, 0))
+        weights = torch.softmax(torch.stack(logits), 0)
+        return (weights.unsqueeze(-1) * torch.stack(values)).sum(0)
+
+
+class ReferenceMemory:
+    """Stands where a ``ContextMemory`` stands: a ``ReferenceLayer`` for every attention layer."""
+
+    def __init__(self, config: MemoryConfig, layers: dict[int, tuple[Rotary | None, int | None]]) -> None:
+        self.layers = {
+            number: ReferenceLayer(config, rotary, window) for number, (rotary, window) in layers.items()
+        }
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, softcap: float | None = None
+    ) -> Tensor:
+        return self.layers[layer].attend(q, k, v, scale, softcap)
+
+    def advance(self, n: int) -> None:
+        """Nothing to do: what has left the window follows from the number of tokens."""

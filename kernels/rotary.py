@@ -1,0 +1,67 @@
+"""Rotary position embedding (RoPE) as the memory needs it: any integer position, any model's layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """How one layer turns a position into a rotation of its queries and keys.
+
+    Args:
+        inv_freq: (rotary_dim / 2,) angles per position in radians; the first ``rotary_dim`` channels of a head
+            rotate, the rest pass through (partial rotary).
+        interleaved: True if channels (0, 1), (2, 3), ... are rotated together (GLM, Cohere); False if channel i
+            goes with i + rotary_dim / 2 (Llama and most others).
+    """
+
+    inv_freq: Tensor
+    interleaved: bool
+
+    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, each (n, rotary_dim / 2) float32, of (n,) integer positions.
+
+        Computed in float64: in float32 an angle loses its fraction past about a million positions.
+        """
+        phase = positions.to(torch.float64)[:, None] * self.inv_freq.to(positions.device, torch.float64)
+        return phase.cos().float(), phase.sin().float()
+
+    def rotate(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+        """Rotate ``x`` (..., n, head_dim) by ``angles`` of (n, rotary_dim / 2), or (1, ...) for one angle for all."""
+        cos, sin = angles
+        half = cos.shape[-1]
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        if self.interleaved:
+            first, second = x[..., 0 : 2 * half : 2], x[..., 1 : 2 * half : 2]
+            out_first, out_second = out[..., 0 : 2 * half : 2], out[..., 1 : 2 * half : 2]
+        else:
+            first, second = x[..., :half], x[..., half : 2 * half]
+            out_first, out_second = out[..., :half], out[..., half : 2 * half]
+        out_first.copy_(first * cos - second * sin)
+        out_second.copy_(second * cos + first * sin)
+        if x.shape[-1] > 2 * half:
+            out[..., 2 * half :] = x[..., 2 * half :]
+        return out
+
+
+class RotaryTable:
+    """The angles of positions 0 .. length - 1, computed once."""
+
+    def __init__(self, rotary: Rotary, length: int, device: torch.device) -> None:
+        self.rotary = rotary
+        self._cos, self._sin = rotary.angles(torch.arange(length, device=device))
+
+    def rotate(self, x: Tensor, start: int) -> Tensor:
+        """Rotate ``x`` (..., n, head_dim) as positions ``start .. start + n - 1``."""
+        stop = start + x.shape[-2]
+        if start < 0 or stop > self._cos.shape[0]:
+            raise ValueError(f"positions {start}..{stop - 1} lie outside the table's {self._cos.shape[0]} positions")
+        return self.rotary.rotate(x, (self._cos[start:stop], self._sin[start:stop]))
+
+    def rotate_all_to(self, x: Tensor, position: int) -> Tensor:
+        """Rotate every row of ``x`` (..., n, head_dim) by the one angle of ``position``."""
+        return self.rotary.rotate(x, (self._cos[position : position + 1], self._sin[position : position + 1]))
