@@ -51,3 +51,11 @@ class StorageError(InfLLMError):
 
 class BudgetExceeded(InfLLMError):
     """A byte budget would be exceeded."""
+
+
+class SessionBusy(InfLLMError):
+    """The session cannot do this now: a streamed message is still open, or a reply is being generated."""
+
+
+class Cancelled(InfLLMError):
+    """The work was stopped on request, between two chunks. Everything taken in so far is kept."""

@@ -11,6 +11,8 @@ tokens go through once with true positions and once with zeros, and the two must
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -127,6 +129,8 @@ class LocalModel:
     device: torch.device
     dtype: torch.dtype
     eos_ids: frozenset[int] = field(default_factory=frozenset)
+    lock: threading.RLock = field(default_factory=threading.RLock)  # one forward at a time
+    _digest: str | None = None
 
     @classmethod
     def load(
@@ -230,30 +234,46 @@ class LocalModel:
                 f"window of {self.name} is {self.window} tokens: lower n_local, topk or chunk_size"
             )
 
+    def digest(self) -> str:
+        """A fingerprint of the weights: names, shapes and a sample of the values of every parameter."""
+        if self._digest is None:
+            digest = hashlib.sha256(type(self.model).__name__.encode())
+            for name, parameter in self.model.named_parameters():
+                flat = parameter.detach().reshape(-1)
+                sample = flat[:: max(1, flat.numel() // 64)].float().cpu().numpy().tobytes()
+                digest.update(f"{name}{tuple(parameter.shape)}".encode() + sample)
+            for number, spec in self.specs.items():
+                frequencies = spec.rotary.inv_freq.numpy().tobytes() if spec.rotary else b""
+                digest.update(f"{number}{spec.sliding_window}".encode() + frequencies)
+            self._digest = digest.hexdigest()
+        return self._digest
+
     @torch.inference_mode()
     def forward(self, token_ids: Sequence[int], memory: Memory) -> Tensor:
         """Stream one chunk into the memory; returns the logits (vocab,) float32 after its last token."""
-        ids = torch.tensor([list(token_ids)], device=self.device)
-        logits = self._logits(ids, memory, last_only=True)
-        memory.advance(len(token_ids))
-        return logits[-1].float()
+        return self._step(token_ids, memory, last_only=True)[-1]
 
     @torch.inference_mode()
     def forward_all(self, token_ids: Sequence[int], memory: Memory) -> Tensor:
         """As ``forward``, but the logits (n, vocab) after every token of the chunk."""
-        ids = torch.tensor([list(token_ids)], device=self.device)
-        logits = self._logits(ids, memory, last_only=False)
-        memory.advance(len(token_ids))
-        return logits.float()
+        return self._step(token_ids, memory, last_only=False)
 
     @contextlib.contextmanager
     def detached(self, attention: str = "sdpa") -> Iterator[Any]:
         """The model with transformers' own attention, for as long as the ``with`` lasts."""
-        _set_attention(self.model, attention)
-        try:
-            yield self.model
-        finally:
-            _set_attention(self.model, ATTENTION)
+        with self.lock:
+            _set_attention(self.model, attention)
+            try:
+                yield self.model
+            finally:
+                _set_attention(self.model, ATTENTION)
+
+    def _step(self, token_ids: Sequence[int], memory: Memory, *, last_only: bool) -> Tensor:
+        with self.lock:
+            ids = torch.tensor([list(token_ids)], device=self.device)
+            logits = self._logits(ids, memory, last_only=last_only)
+            memory.advance(len(token_ids))
+            return logits.float()
 
     def _logits(self, ids: Tensor, memory: Memory, *, last_only: bool) -> Tensor:
         out = self.model(

@@ -56,6 +56,7 @@ class TextEncoder:
             raise UnsupportedModel(
                 f"{type(tokenizer).__name__} is not a fast tokenizer; use a model folder that has a tokenizer.json"
             )
+        self.backend: Tokenizer = backend
         spec: dict[str, Any] = json.loads(backend.to_str())
         added: list[dict[str, Any]] = spec["added_tokens"]
         declared = {int(token["id"]) for token in added if token["special"] or not _is_blank(token["content"])}

@@ -1,0 +1,31 @@
+"""infllm-agent: a long-lived agent runtime over the InfLLM context memory."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from infllm_agent.config import MemoryConfig, SamplingConfig
+    from infllm_agent.errors import InfLLMError
+    from infllm_agent.runtime import AgentRuntime
+    from infllm_agent.session import Session
+
+__all__ = ["AgentRuntime", "InfLLMError", "MemoryConfig", "SamplingConfig", "Session", "__version__"]
+__version__ = "0.1.0"
+
+_HOME = {
+    "AgentRuntime": "runtime",
+    "InfLLMError": "errors",
+    "MemoryConfig": "config",
+    "SamplingConfig": "config",
+    "Session": "session",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded when asked for: listing sessions must not wait for torch.
+    if name in _HOME:
+        from importlib import import_module
+
+        return getattr(import_module(f"infllm_agent.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'infllm_agent' has no attribute {name!r}")

@@ -1,0 +1,41 @@
+"""What an answer comes back as."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from infllm_agent.records import Message
+from infllm_agent.trace import Trace
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of one reply. ``input_tokens = prefilled_tokens + reused_tokens``: the whole session is the input."""
+
+    input_tokens: int
+    prefilled_tokens: int
+    reused_tokens: int
+    output_tokens: int
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One answer.
+
+    Attributes:
+        finish_reason: ``stop`` (the model ended its turn, or a stop sequence), ``length`` (max_tokens), or
+            ``cancelled``.
+        first_token_s: seconds from the call to the first generated token.
+        trace: what the first tokens of the answer attended to.
+        message: the answer as it stands in the session's history.
+    """
+
+    text: str
+    usage: Usage
+    finish_reason: str
+    first_token_s: float
+    seconds: float
+    trace: Trace
+    message: Message
+    tool_calls: tuple[dict[str, Any], ...] = ()

@@ -1,0 +1,110 @@
+"""One model, many sessions."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from os import PathLike
+
+from infllm_agent.catalog import Catalog, SessionInfo
+from infllm_agent.chat import ChatFormat
+from infllm_agent.config import MemoryConfig
+from infllm_agent.model import LocalModel
+from infllm_agent.session import Session, check_fingerprint, fingerprint
+from infllm_agent.store import SessionStore
+
+
+class AgentRuntime:
+    """A local model with its sessions in one folder.
+
+        runtime = AgentRuntime.open("sessions", model="smollm2")
+        session = runtime.session("ops")
+
+    Sessions stay open until ``close``, which commits them. Several threads may use one runtime; each session is
+    worked on by one thread at a time.
+    """
+
+    def __init__(self, root: str | PathLike[str], model: LocalModel, memory: MemoryConfig | None = None) -> None:
+        """Use ``open`` unless the model is loaded already. ``memory``: for new sessions, and required of old ones;
+        None takes the default for new sessions and what each old one was made with."""
+        self.root = root
+        self.model = model
+        self.memory = memory
+        self.chat = ChatFormat(model.tokenizer, eos_ids=model.eos_ids)
+        if memory is not None:
+            model.check_memory(memory)
+        self._sessions: dict[str, Session] = {}
+        self._lock = threading.RLock()
+
+    @classmethod
+    def open(
+        cls,
+        root: str | PathLike[str],
+        model: str = "smollm2",
+        memory: MemoryConfig | None = None,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        progress: Callable[[str], None] | None = None,
+    ) -> AgentRuntime:
+        """Load a model and use the sessions under ``root`` (made when the first session is).
+
+        Args:
+            model: a packaged alias (``smollm2``), a local folder, or a hub id.
+            progress: told what takes long (fetching, converting).
+
+        Raises:
+            ModelNotFound, UnsupportedModel, ConfigError.
+        """
+        return cls(root, LocalModel.load(str(model), device=device, dtype=dtype, progress=progress), memory)
+
+    def session(self, name: str) -> Session:
+        """The session by that name, created or resumed.
+
+        Raises:
+            InvalidName, SessionLocked (open in another process), SessionMismatch (made with another model or other
+            memory settings), CorruptSession, StorageError.
+        """
+        with self._lock:
+            if (session := self._sessions.get(name)) is not None and not session.closed:
+                return session
+            config = self.memory or self.model.default_memory()
+            store = SessionStore.open_or_create(self.root, name, fingerprint(self.model, self.chat, config))
+            try:
+                if self.memory is None:
+                    config = MemoryConfig(**store.fingerprint["memory"])
+                check_fingerprint(name, store.fingerprint, fingerprint(self.model, self.chat, config))
+                session = Session(self.model, self.chat, config, store)
+            except BaseException:
+                store.close()
+                raise
+            self._sessions[name] = session
+            return session
+
+    def sessions(self) -> Sequence[SessionInfo]:
+        """All sessions under the root, by name, as of their last commits."""
+        return Catalog(self.root).list()
+
+    def delete(self, name: str) -> None:
+        """Delete a session with everything that belongs to it.
+
+        Raises:
+            UnknownSession, SessionLocked (open in another process).
+        """
+        with self._lock:
+            if (session := self._sessions.pop(name, None)) is not None:
+                session.close()
+            Catalog(self.root).delete(name)
+
+    def close(self) -> None:
+        """Commit and close every open session."""
+        with self._lock:
+            for name in list(self._sessions):
+                with self._sessions.pop(name) as session:
+                    session.abandon_stream()
+
+    def __enter__(self) -> AgentRuntime:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()

@@ -1,0 +1,466 @@
+"""A session: messages go in, tokens stream into the memory, replies come out, commits make it last."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+from torch import Tensor
+
+from infllm_agent import snapshot
+from infllm_agent.chat import ChatFormat, TextStream
+from infllm_agent.config import MemoryConfig, SamplingConfig
+from infllm_agent.database import storage_errors
+from infllm_agent.errors import Cancelled, InfLLMError, SessionBusy, SessionClosed, SessionMismatch
+from infllm_agent.generate import Sampler, TextPieces
+from infllm_agent.memory import ContextMemory
+from infllm_agent.model import LocalModel
+from infllm_agent.records import Message
+from infllm_agent.reply import Reply, Usage
+from infllm_agent.store import SessionStore
+from infllm_agent.tailfile import read_tail, remove_other_tails, write_tail
+from infllm_agent.trace import Trace
+
+FORMAT = 1
+#: How many steps of an answer its trace looks at.
+TRACE_STEPS = 16
+
+
+def fingerprint(model: LocalModel, chat: ChatFormat, config: MemoryConfig) -> dict[str, Any]:
+    """All that must be the same for a stored session to mean the same."""
+    return {
+        "format": FORMAT,
+        "model": model.name,
+        "weights": model.digest(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "chat": chat.digest(),
+        "memory": config.model_dump(),
+    }
+
+
+def check_fingerprint(name: str, stored: dict[str, Any], current: dict[str, Any]) -> None:
+    """Raise SessionMismatch, naming the first field that differs. The model's name may: its weights decide."""
+    stored, current = _flat(stored), _flat(json.loads(json.dumps(current)))
+    for field in sorted(stored.keys() | current.keys()):
+        if field != "model" and stored.get(field) != current.get(field):
+            raise SessionMismatch(
+                f'session "{name}" was made with {field} = {stored.get(field)!r}, not {current.get(field)!r} '
+                f'(model then: {stored.get("model")}): open it with the settings it was made with, or start another'
+            )
+
+
+def _flat(nested: dict[str, Any]) -> dict[str, Any]:
+    memory = {f"memory.{key}": value for key, value in nested.get("memory", {}).items()}
+    return {**{key: value for key, value in nested.items() if key != "memory"}, **memory}
+
+
+class MessageStream:
+    """A message that arrives piece by piece; what is written is ingested at once, chunk by chunk.
+
+    Use it in a ``with`` statement. If the block fails, the message is closed with what had arrived.
+    """
+
+    def __init__(self, session: Session, role: str, name: str | None, call_id: str | None) -> None:
+        self._session = session
+        self._role, self._name, self._call_id = role, name, call_id
+        self._start, self._time = session.token_count, time.time()
+        self._pieces: list[str] = []
+        session._take(session.chat.open(role, name=name, first=self._start == 0))
+        self._tokens = TextStream(session.chat.encoder)
+        self.message: Message | None = None
+
+    def write(self, text: str) -> None:
+        """Append text; returns when all full chunks of it have gone through the model."""
+        with self._session._working():
+            if self.message is not None:
+                raise SessionBusy("this message is complete; open another")
+            text = self._session.chat.encoder.clean(text)
+            self._pieces.append(text)
+            self._session._take(self._tokens.write(text))
+            self._session.ingest()
+
+    def close(self) -> Message:
+        """Complete the message; more than once does no harm."""
+        with self._session._working():
+            if self.message is None:
+                self._session._take(self._tokens.close() + self._session.chat.close(self._role))
+                self.message = self._session._record(
+                    self._role, "".join(self._pieces), self._start, self._time, self._name, self._call_id
+                )
+                self._session._stream = None
+                self._session.ingest()
+            return self.message
+
+    def __enter__(self) -> MessageStream:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+class Session:
+    """An unbounded session on one model. Made by ``AgentRuntime.session``.
+
+    Messages are tokenised when they come; full chunks go through the model at once, the rest waits for more or for
+    ``reply``. One thread at a time works on a session; others wait.
+
+    Attributes:
+        cancelled: asked between chunks and tokens; when it returns True, the work stops with ``Cancelled``.
+    """
+
+    def __init__(self, model: LocalModel, chat: ChatFormat, config: MemoryConfig, store: SessionStore) -> None:
+        self.model = model
+        self.chat = chat
+        self.config = config
+        self.store = store
+        self.cancelled: Callable[[], bool] = lambda: False
+        self.last_reply: Reply | None = None
+        self._lock = threading.RLock()
+        self._stream: MessageStream | None = None
+        self._broken = False
+        self._load()
+
+    # -- what is stored --------------------------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        return self.store.name
+
+    @property
+    def token_count(self) -> int:
+        """Tokens of the session, those that still wait to go through the model included."""
+        return self._committed + len(self._new_ids)
+
+    @property
+    def pending_tokens(self) -> int:
+        """Tokens that wait for a full chunk, or for a reply."""
+        return len(self._pending)
+
+    def messages(self, start: int = 0, stop: int | None = None) -> list[Message]:
+        """The history, as ``list[start:stop]`` means it."""
+        with self._working():
+            return [*self.store.messages(), *self._new_messages][start:stop]
+
+    @property
+    def message_count(self) -> int:
+        return self.store.message_count + len(self._new_messages)
+
+    def token_ids(self) -> list[int]:
+        """Every token of the session, in order."""
+        with self._working():
+            return [*self.store.token_ids(), *self._new_ids]
+
+    def chunks(self) -> list[tuple[int, int]]:
+        """Every execution chunk as (start, length): replaying them gives the same memory."""
+        with self._working():
+            return [*self.store.chunks(), *self._new_chunks]
+
+    @property
+    def usage(self) -> dict[str, Any]:
+        """Sizes, in the form of ``sessions show``: messages, tokens, blocks, bytes by tier."""
+        with self._working():
+            return {
+                "messages": self.message_count,
+                "tokens": self.token_count,
+                "blocks": self.memory.store.count,
+                "bytes": {
+                    "device": self.memory.device_bytes() + self.memory.index_bytes(),
+                    "host": self.memory.store.host_bytes(),
+                    "disk": self._disk_bytes(),
+                },
+            }
+
+    # -- what comes in ---------------------------------------------------------------------------------------------
+
+    def append(self, role: str, text: str, *, name: str | None = None, call_id: str | None = None) -> Message:
+        """Append a whole message.
+
+        Args:
+            role: ``system``, ``user``, ``assistant``, ``observation`` or ``tool``.
+            text: any text; what looks like control tokens in it stays text.
+            name: of the tool or the source of an observation.
+
+        Raises:
+            InvalidName: an unknown role, or a name outside its alphabet.
+            SessionBusy: a streamed message is open.
+        """
+        with self.stream(role, name=name, call_id=call_id) as stream:
+            stream.write(text)
+        return stream.close()
+
+    def append_system(self, text: str) -> Message:
+        return self.append("system", text)
+
+    def append_user(self, text: str) -> Message:
+        return self.append("user", text)
+
+    def append_assistant(self, text: str) -> Message:
+        return self.append("assistant", text)
+
+    def append_observation(self, text: str, name: str | None = None) -> Message:
+        return self.append("observation", text, name=name)
+
+    def append_tool_result(self, name: str, text: str, *, call_id: str | None = None) -> Message:
+        return self.append("tool", text, name=name, call_id=call_id)
+
+    def stream(self, role: str, *, name: str | None = None, call_id: str | None = None) -> MessageStream:
+        """A message that arrives in pieces. No other message or reply is possible until it is closed."""
+        with self._working():
+            self._idle()
+            stream = MessageStream(self, role, name, call_id)
+            self._stream = stream
+            return stream
+
+    def stream_tool_result(self, name: str, *, call_id: str | None = None) -> MessageStream:
+        return self.stream("tool", name=name, call_id=call_id)
+
+    def stream_observation(self, name: str | None = None) -> MessageStream:
+        return self.stream("observation", name=name)
+
+    def ingest(self) -> None:
+        """Put full chunks of what waits through the model.
+
+        Raises:
+            Cancelled: ``cancelled`` said so; what waits keeps waiting, nothing is lost.
+        """
+        with self._working():
+            size = self.config.chunk_size
+            self._feed(len(self._pending) // size * size)
+
+    # -- what goes out ---------------------------------------------------------------------------------------------
+
+    def reply(self, *, prefix: str = "", **sampling: Any) -> Reply:
+        """The model's answer to the session as it stands.
+
+        Args:
+            prefix: words that the answer begins with; part of its text.
+            sampling: fields of ``SamplingConfig``.
+
+        Raises:
+            ConfigError: an unknown or impossible sampling parameter.
+            SessionBusy: a streamed message is open.
+        """
+        for _ in self.stream_reply(prefix=prefix, **sampling):
+            pass
+        assert self.last_reply is not None
+        return self.last_reply
+
+    def stream_reply(self, *, prefix: str = "", **sampling: Any) -> Iterator[str]:
+        """As ``reply``, giving the text piece by piece; afterwards the answer is ``last_reply``.
+
+        If the iterator is closed early, or ``cancelled`` says so, the answer so far is kept as the message.
+        """
+        config = SamplingConfig(**sampling)
+        with self._working():
+            self._idle()
+            if self.message_count == 0:
+                raise InfLLMError(f'session "{self.name}" is empty: append a message before asking for a reply')
+        return self._generate(config, self.chat.encoder.clean(prefix))
+
+    def _generate(self, config: SamplingConfig, prefix: str) -> Iterator[str]:
+        # The lock is not held between pieces: the caller may take them from different threads.
+        with self._working():
+            self._idle()
+            self._generating = True
+        began, written = time.perf_counter(), time.time()
+        start = self.token_count
+        try:
+            with self._working():
+                fed_before = self.memory.length
+                # The last message and the request to answer go through the model as a chunk of their own: the lookup
+                # is then asked by the question alone. What waits before it goes first.
+                self._feed(max(0, self._last_start - self.memory.length))
+                self._take(self.chat.generation_prompt() + self.chat.encoder.encode_text(prefix))
+                logits = self._feed(len(self._pending))
+        except BaseException:
+            self._generating = False
+            if self.token_count > start:  # the turn was opened: close it, so that the next message stands well
+                self._take(self.chat.close("assistant"))
+                self._record("assistant", prefix, start, written, None, None)
+            raise
+        input_tokens, prefilled = self.token_count, self.memory.length - fed_before
+        trace = Trace(self.memory.n_sinks, self.config.block_size)
+        sampler, pieces = Sampler(config), TextPieces(self.chat.encoder.backend, config.stop)
+        generated: list[int] = []
+        finish_reason, first_token_s = "cancelled", 0.0
+        try:
+            if prefix:
+                yield prefix
+            while True:
+                assert logits is not None
+                token = sampler.pick(logits, generated)
+                first_token_s = first_token_s or time.perf_counter() - began
+                generated.append(token)
+                self._take([token])
+                if token in self.chat.stop_ids:
+                    finish_reason = "stop"
+                    break
+                if piece := pieces.add(token):
+                    yield piece
+                if pieces.stopped or len(generated) >= config.max_tokens:
+                    finish_reason = "stop" if pieces.stopped else "length"
+                    break
+                if self.cancelled():
+                    break
+                with self._working():
+                    self.memory.recorder = trace if len(generated) <= TRACE_STEPS else None
+                    logits = self._feed(1)
+            if piece := pieces.finish():
+                yield piece
+        finally:
+            # Also when the caller leaves early: the turn is closed with what was said.
+            self.memory.recorder = None
+            self._generating = False
+            pieces.finish()
+            ended = bool(generated) and generated[-1] in self.chat.stop_ids
+            self._take(self.chat.after_stop(generated[-1]) if ended else self.chat.close("assistant"))
+            message = self._record("assistant", prefix + pieces.text, start, written, None, None)
+            self.last_reply = Reply(
+                text=message.text,
+                usage=Usage(input_tokens, prefilled, input_tokens - prefilled, len(generated)),
+                finish_reason=finish_reason,
+                first_token_s=first_token_s,
+                seconds=time.perf_counter() - began,
+                trace=trace,
+                message=message,
+            )
+
+    # -- what lasts ------------------------------------------------------------------------------------------------
+
+    def commit(self) -> int:
+        """Make everything so far last: after it returns, a crash or a power cut does not lose it.
+
+        Returns:
+            The number of the committed generation.
+
+        Raises:
+            SessionBusy: a streamed message is open.
+            StorageError: the disk is full or cannot be written; the generation before is still whole.
+        """
+        with self._working(), storage_errors(self.store.folder):
+            self._idle()
+            if not self._new_ids and not self._new_chunks and self.store.generation:
+                return self.store.generation
+            self.memory.store.write_new(self.store.folder, self._committed_blocks)
+            tensors, state = snapshot.take(self.memory)
+            tail, crc = write_tail(self.store.folder, tensors)
+            generation = self.store.commit(
+                messages=self._new_messages,
+                token_ids=self._new_ids,
+                chunks=self._new_chunks,
+                state={"memory": state, "tail": tail, "tail_crc": crc},
+                bytes_on_disk=self._disk_bytes(),
+                blocks=self.memory.store.count,
+            )
+            remove_other_tails(self.store.folder, keep=tail)
+            self._committed_now()
+            return generation
+
+    def rollback(self) -> None:
+        """Go back to the last commit."""
+        with self._lock:
+            self._load()
+
+    @property
+    def closed(self) -> bool:
+        return self._broken
+
+    def abandon_stream(self) -> None:
+        """Complete a streamed message that is still open with what has arrived."""
+        if self._stream is not None and not self._broken:
+            self._stream.close()
+
+    def close(self) -> None:
+        """Release the session without committing; more than once does no harm."""
+        with self._lock:
+            self.store.close()
+            self._broken = True
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        try:
+            if kind is None and not self._broken:
+                self.commit()
+        finally:
+            self.close()
+
+    def _load(self) -> None:
+        """The state of the last commit."""
+        self.memory: ContextMemory = self.model.new_memory(self.config)
+        self._new_messages: list[Message] = []
+        self._new_ids: list[int] = []
+        self._new_chunks: list[tuple[int, int]] = []
+        self._committed_now()
+        if state := self.store.state:
+            tensors = read_tail(self.store.folder, state["tail"], state["tail_crc"])
+            snapshot.restore(self.memory, tensors, state["memory"], self.store.folder)
+        # What had not gone through the model yet waits again.
+        self._pending = deque(self.store.token_ids(self.memory.length))
+        self._committed_blocks = self.memory.store.count
+        last = self.store.messages(-1)
+        self._last_start = last[0].start if last else 0
+        self._stream = None
+        self._generating = False
+        self._broken = False
+
+    def _committed_now(self) -> None:
+        self._new_messages, self._new_ids, self._new_chunks = [], [], []
+        self._committed = self.store.token_count
+        self._committed_blocks = self.memory.store.count
+
+    # -- how ---------------------------------------------------------------------------------------------------------
+
+    def _working(self) -> threading.RLock:
+        """The session's lock, after a check that the session can be worked with."""
+        if self._broken:
+            raise SessionClosed(f'session "{self.name}" is closed; open it again')
+        return self._lock
+
+    def _idle(self) -> None:
+        if self._generating:
+            raise SessionBusy(f'session "{self.name}" is generating a reply; finish or close it first')
+        if self._stream is not None:
+            raise SessionBusy(f'session "{self.name}" has a streamed message open; close it first')
+
+    def _take(self, ids: Sequence[int]) -> None:
+        """Tokens enter the session's log and wait to go through the model."""
+        self._new_ids.extend(ids)
+        self._pending.extend(ids)
+
+    def _record(
+        self, role: str, text: str, start: int, when: float, name: str | None, call_id: str | None
+    ) -> Message:
+        message = Message(self.message_count, role, name, call_id, text, when, start, self.token_count)
+        self._new_messages.append(message)
+        self._last_start = start
+        return message
+
+    def _feed(self, count: int) -> Tensor | None:
+        """Put the first ``count`` waiting tokens through the model, chunk by chunk; the logits after the last."""
+        logits = None
+        while count > 0:
+            if count > 1 and self.cancelled():
+                raise Cancelled(f'session "{self.name}": stopped with {len(self._pending)} tokens still to ingest')
+            chunk = list(islice(self._pending, min(count, self.config.chunk_size)))
+            start = self.memory.length
+            try:
+                logits = self.model.forward(chunk, self.memory)
+            except BaseException:
+                # The past is untouched unless the chunk was being made part of it.
+                self._broken = self.memory.length != start
+                raise
+            for _ in chunk:
+                self._pending.popleft()
+            self._new_chunks.append((start, len(chunk)))
+            count -= len(chunk)
+        return logits
+
+    def _disk_bytes(self) -> int:
+        return sum(path.stat().st_size for path in self.store.folder.iterdir() if path.is_file())
