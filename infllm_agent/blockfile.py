@@ -109,7 +109,7 @@ class Records:
         return [*layers, self._crc(index, self.shape.layers * size, self.shape.repr_bytes)]
 
     def _crc(self, index: int, start: int, size: int) -> int:
-        return zlib.crc32(memoryview(self.bytes[index, start : start + size].numpy()))
+        return zlib.crc32(self.bytes[index, start : start + size].numpy().data)
 
 
 def _typed(raw: Tensor, dtype: torch.dtype) -> Tensor:
@@ -142,7 +142,7 @@ def write_blocks(folder: Path, shape: BlockShape, first: int, records: list[Tens
                 file.write(_header(shape, segment))
             file.seek(PAGE + place * shape.stride)
             for record in batch:
-                written += file.write(memoryview(record.numpy()))
+                written += file.write(record.numpy().data)
             file.flush()
             os.fsync(file.fileno())
         done += len(batch)

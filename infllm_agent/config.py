@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -9,6 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from infllm_agent.errors import ConfigError
 
 Positions = Literal["one_angle", "ordinary"]
+
+
+def default_root() -> Path:
+    """Where sessions are kept unless told otherwise: ``$INFLLM_ROOT``, else a folder of the user's."""
+    return Path(os.environ.get("INFLLM_ROOT") or "~/.local/share/infllm-agent").expanduser()
 
 
 class Settings(BaseModel):
@@ -66,9 +73,7 @@ class MemoryConfig(Settings):
     @classmethod
     def paper(cls) -> MemoryConfig:
         """The settings the authors ship for a model with a window of 8K tokens."""
-        return cls(
-            n_init=128, n_local=4096, block_size=128, repr_topk=4, topk=16, chunk_size=512, max_cached_block=32
-        )
+        return cls(n_init=128, n_local=4096, block_size=128, repr_topk=4, topk=16, chunk_size=512, max_cached_block=32)
 
     @property
     def window_capacity(self) -> int:
@@ -84,13 +89,13 @@ class MemoryConfig(Settings):
 class SamplingConfig(Settings):
     """How the next token is chosen. ``temperature=0`` is greedy."""
 
-    max_tokens: int = Field(256, ge=1)
-    temperature: float = Field(0.0, ge=0.0, le=10.0)
-    top_p: float = Field(1.0, gt=0.0, le=1.0)
-    top_k: int = Field(0, ge=0, description="0: no limit")
-    repetition_penalty: float = Field(1.0, gt=0.0, le=10.0)
-    stop: tuple[str, ...] = ()
-    seed: int | None = Field(None, ge=0)
+    max_tokens: int = Field(256, ge=1, description="most tokens of an answer")
+    temperature: float = Field(0.0, ge=0.0, le=10.0, description="0: always the likeliest token")
+    top_p: float = Field(1.0, gt=0.0, le=1.0, description="draw from the likeliest tokens of this total probability")
+    top_k: int = Field(0, ge=0, description="draw from this many of the likeliest tokens; 0: from all")
+    repetition_penalty: float = Field(1.0, gt=0.0, le=10.0, description="above 1: discourage what was just said")
+    stop: tuple[str, ...] = Field((), description="an answer ends before this text")
+    seed: int | None = Field(None, ge=0, description="makes drawing repeatable")
 
     @model_validator(mode="after")
     def _stop_is_text(self) -> SamplingConfig:

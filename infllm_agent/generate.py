@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
-from transformers import LogitsProcessorList
-from transformers.generation import (
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -42,9 +44,9 @@ class Sampler:
 
     def pick(self, logits: Tensor, before: list[int]) -> int:
         """The next token id, given logits (vocab,) and the tokens generated so far."""
-        scores = logits.float().cpu()[None]
+        scores: Any = logits.float().cpu()[None]
         if self._processors:
-            recent = torch.tensor([before[-PENALTY_REACH:]], dtype=torch.long)
+            recent: Any = torch.tensor([before[-PENALTY_REACH:]], dtype=torch.long)
             scores = self._processors(recent, scores)
         if self.config.temperature == 0:
             return int(scores.argmax())

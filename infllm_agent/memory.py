@@ -271,9 +271,7 @@ INDEX_STEP = 1024
 class SlidingLayer:
     """One layer that the model limits to its latest tokens: it keeps that window and nothing else."""
 
-    def __init__(
-        self, spec: LayerSpec, config: MemoryConfig, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, spec: LayerSpec, config: MemoryConfig, dtype: torch.dtype, device: torch.device) -> None:
         assert spec.sliding_window is not None
         self.reach = spec.sliding_window  # a query sees this many tokens, its own included
         self.window = Window(
@@ -405,7 +403,8 @@ class ContextMemory:
 
     def device_bytes(self) -> int:
         """Bytes of windows, sinks, cached and looked-up blocks: constant, whatever the session's length."""
-        return sum(layer.device_bytes() for layer in (*self.layers.values(), *self.sliding.values()))
+        remembering = sum(layer.device_bytes() for layer in self.layers.values())
+        return remembering + sum(layer.device_bytes() for layer in self.sliding.values())
 
     def index_bytes(self) -> int:
         """Bytes of the representatives that every lookup reads: the one part on the device that grows, by four

@@ -16,7 +16,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +59,7 @@ def _attention(
     if memory is None:
         raise ValueError('attn_implementation="infllm" needs a forward with memory=...; use LocalModel.forward')
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    layer: int = module.layer_idx  # type: ignore[assignment]
+    layer: int = cast(Any, module).layer_idx
     out = memory.attend(layer, query[0].contiguous(), key[0], value[0], scale=scale, softcap=softcap)
     return out.transpose(0, 1).unsqueeze(0), None
 
@@ -95,7 +95,7 @@ def _probe_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     if memory is not None:
-        layer: int = getattr(module, "layer_idx", -1)  # type: ignore[assignment]
+        layer: int = getattr(module, "layer_idx", -1)
         memory.repeated |= layer in memory.seen or layer < 0
         extra = [name for name, value in kwargs.items() if isinstance(value, Tensor) and name not in _HARMLESS]
         memory.seen[layer] = _Seen(query[0], key[0], value[0], sliding_window, extra)
@@ -158,7 +158,7 @@ class LocalModel:
         try:
             config = AutoConfig.from_pretrained(path)
             tokenizer = AutoTokenizer.from_pretrained(path)
-            loaded = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=precision)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=precision)
         except (OSError, ValueError, KeyError, ImportError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ModelNotFound(f'model "{model}" could not be loaded from {path}: {reason}') from error
@@ -338,11 +338,11 @@ def probe(model: Any, name: str) -> dict[int, LayerSpec]:
     if not plain.seen:
         raise refuse("its attention does not go through transformers' attention interface")
     if len(plain.seen) != n_layers:
-        raise refuse(f"only {len(plain.seen)} of its {n_layers} layers are attention; the others keep a state of their own")
+        raise refuse(f"only {len(plain.seen)} of its {n_layers} layers are attention; the others keep their own state")
     specs = {}
     for layer, seen in sorted(plain.seen.items()):
         if seen.extra:
-            raise refuse(f"layer {layer} passes {', '.join(seen.extra)} to its attention, which the memory does not know")
+            raise refuse(f"layer {layer} passes {', '.join(seen.extra)} to its attention, which has no place for it")
         if seen.k.shape[-1] != seen.v.shape[-1]:
             raise refuse(f"layer {layer} has keys of {seen.k.shape[-1]} and values of {seen.v.shape[-1]} channels")
         other = rotated.seen[layer]
@@ -454,10 +454,10 @@ def _device(name: str) -> torch.device:
 def _dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.bfloat16 if device.type != "cpu" or _cpu_computes_bfloat16() else torch.float32
-    dtype = getattr(torch, name, None)
-    if dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+    known = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+    if name not in known:
         raise ConfigError(f'dtype "{name}" is unknown; use auto, float32, bfloat16 or float16')
-    return dtype
+    return known[name]
 
 
 def _cpu_computes_bfloat16() -> bool:

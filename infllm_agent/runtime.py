@@ -66,8 +66,11 @@ class AgentRuntime:
             memory settings), CorruptSession, StorageError.
         """
         with self._lock:
-            if (session := self._sessions.get(name)) is not None and not session.closed:
-                return session
+            if (session := self._sessions.get(name)) is not None:
+                if not session.closed:
+                    return session
+                del self._sessions[name]  # with it its memory
+                session.close()
             config = self.memory or self.model.default_memory()
             store = SessionStore.open_or_create(self.root, name, fingerprint(self.model, self.chat, config))
             try:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -50,7 +51,7 @@ def check_fingerprint(name: str, stored: dict[str, Any], current: dict[str, Any]
         if field != "model" and stored.get(field) != current.get(field):
             raise SessionMismatch(
                 f'session "{name}" was made with {field} = {stored.get(field)!r}, not {current.get(field)!r} '
-                f'(model then: {stored.get("model")}): open it with the settings it was made with, or start another'
+                f"(model then: {stored.get('model')}): open it with the settings it was made with, or start another"
             )
 
 
@@ -250,7 +251,7 @@ class Session:
         assert self.last_reply is not None
         return self.last_reply
 
-    def stream_reply(self, *, prefix: str = "", **sampling: Any) -> Iterator[str]:
+    def stream_reply(self, *, prefix: str = "", **sampling: Any) -> Generator[str, None, None]:
         """As ``reply``, giving the text piece by piece; afterwards the answer is ``last_reply``.
 
         If the iterator is closed early, or ``cancelled`` says so, the answer so far is kept as the message.
@@ -262,7 +263,7 @@ class Session:
                 raise InfLLMError(f'session "{self.name}" is empty: append a message before asking for a reply')
         return self._generate(config, self.chat.encoder.clean(prefix))
 
-    def _generate(self, config: SamplingConfig, prefix: str) -> Iterator[str]:
+    def _generate(self, config: SamplingConfig, prefix: str) -> Generator[str, None, None]:
         # The lock is not held between pieces: the caller may take them from different threads.
         with self._working():
             self._idle()
@@ -373,7 +374,8 @@ class Session:
     def abandon_stream(self) -> None:
         """Complete a streamed message that is still open with what has arrived."""
         if self._stream is not None and not self._broken:
-            self._stream.close()
+            with contextlib.suppress(Cancelled):  # what has not gone through the model waits in the log
+                self._stream.close()
 
     def close(self) -> None:
         """Release the session without committing; more than once does no harm."""
@@ -434,9 +436,7 @@ class Session:
         self._new_ids.extend(ids)
         self._pending.extend(ids)
 
-    def _record(
-        self, role: str, text: str, start: int, when: float, name: str | None, call_id: str | None
-    ) -> Message:
+    def _record(self, role: str, text: str, start: int, when: float, name: str | None, call_id: str | None) -> Message:
         message = Message(self.message_count, role, name, call_id, text, when, start, self.token_count)
         self._new_messages.append(message)
         self._last_start = start

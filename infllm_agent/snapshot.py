@@ -48,14 +48,14 @@ def restore(memory: ContextMemory, tensors: dict[str, Tensor], state: dict[str, 
     memory.store.map(folder, state["blocks"])
     memory.length = state["length"]
     memory.n_sinks = state["n_sinks"]
-    rows = memory.store.representatives(0, memory.store.count)
+    rows = memory.store.representatives(0, memory.store.count) if memory.store.count else None
     for number, layer in memory.layers.items():
         _restore_window(f"layer.{number}", layer.window, tensors, state["starts"])
         sinks = tensors[f"layer.{number}.sinks"]
         layer.n_sinks = sinks.shape[2]
         layer.far_k[:, : layer.n_sinks] = sinks[0]
         layer.far_v[:, : layer.n_sinks] = sinks[1]
-        if memory.store.count:
+        if rows is not None:
             layer.add_to_index(rows[:, layer.index].reshape(memory.store.count, -1))
         _restore_selected(layer, state["selected"][str(number)])
     for number, sliding in memory.sliding.items():

@@ -136,9 +136,7 @@ class ReferenceMemory:
     """Stands where a ``ContextMemory`` stands: a ``ReferenceLayer`` for every attention layer."""
 
     def __init__(self, config: MemoryConfig, layers: dict[int, tuple[Rotary | None, int | None]]) -> None:
-        self.layers = {
-            number: ReferenceLayer(config, rotary, window) for number, (rotary, window) in layers.items()
-        }
+        self.layers = {number: ReferenceLayer(config, rotary, window) for number, (rotary, window) in layers.items()}
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, softcap: float | None = None

@@ -2,7 +2,27 @@
 
 from __future__ import annotations
 
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
 import pytest
+
+from infllm_agent.store import SessionStore
+
+# transformers reads it when it is imported; the command line, which runs here in this process, sets it before that.
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
 
 
 @pytest.fixture(scope="session")
@@ -10,3 +30,107 @@ def smollm2_path() -> str:
     from infllm_agent.hub import resolve_model
 
     return resolve_model("smollm2")
+
+
+@pytest.fixture(scope="session")
+def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved model of random weights that loads at once, with a byte-level vocabulary and ChatML.
+
+    A run of 256 letters a is one token, so that a text of many megabytes has a bearable number of tokens.
+    """
+    import transformers
+    from tiny import build
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    words = "the tool printed a line of its log and the agent asked what it means; error 404 at 12:30, retry in 5 s"
+    tokenizer.train_from_iterator([words, *["a" * 256] * 100], trainer)
+    assert len(tokenizer.encode("a" * 25_600).ids) == 100
+
+    folder = tmp_path_factory.mktemp("tiny-model")
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHATML
+    ).save_pretrained(folder)
+    overrides = {"vocab_size": tokenizer.get_vocab_size(), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    build("LlamaConfig", overrides).save_pretrained(folder)
+    return folder
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """Stdout as JSON; there must be nothing else on it, and nothing went wrong."""
+        assert self.code == 0, self.err
+        return json.loads(self.out)
+
+    @property
+    def error(self) -> str:
+        """The one line on stderr that a failed command leaves, without its end."""
+        assert self.code != 0
+        assert self.err.endswith("\n")
+        assert self.err.count("\n") == 1, self.err
+        assert "Traceback" not in self.err
+        return self.err.removesuffix("\n")
+
+
+class Cli:
+    """Runs commands in this process, on a root and the tiny model of its own."""
+
+    def __init__(self, root: Path, model: Path, capsys: pytest.CaptureFixture[str], patch: pytest.MonkeyPatch) -> None:
+        self.root, self.model = root, model
+        self._capsys, self._patch = capsys, patch
+        patch.setenv("INFLLM_ROOT", str(root))
+
+    def __call__(self, *arguments: str, stdin: bytes = b"") -> Result:
+        from infllm_agent.cli import main
+
+        if arguments[0] in ("ingest", "ask", "chat") and "--model" not in arguments:
+            arguments = (*arguments, "--model", str(self.model))
+        self._patch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        self._capsys.readouterr()
+        code = main(arguments)
+        captured = self._capsys.readouterr()
+        return Result(code, captured.out, captured.err)
+
+    def start(self, *arguments: str) -> subprocess.Popen[bytes]:
+        """A command in a process of its own."""
+        # A shell that runs the tests in the background ignores Ctrl-C, and so would they.
+        program = (
+            "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
+            "from infllm_agent.cli import main; sys.exit(main())"
+        )
+        command = [sys.executable, "-c", program, *arguments, "--root", str(self.root), "--model", str(self.model)]
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    def store(self, session: str) -> SessionStore:
+        """What is committed."""
+        return SessionStore.open(self.root, session, readonly=True)
+
+
+@pytest.fixture
+def cli(
+    tmp_path: Path, tiny_model_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Cli]:
+    import torch
+
+    # The tiny model's sums are so short that on a busy machine threads would spend all time waiting for each other.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    yield Cli(tmp_path / "root", tiny_model_folder, capsys, monkeypatch)
+    torch.set_num_threads(threads)

@@ -18,10 +18,11 @@ LAYERS = [
     ["blockfile", "blocks", "window"],
     ["memory", "rotary"],
     ["hub", "model", "snapshot"],
-    ["chat", "grammar", "generate", "store", "trace", "tokens", "records", "database", "locks", "catalog", "tailfile", "reply"],
+    ["chat", "tokens", "grammar", "generate", "trace", "reply"]
+    + ["database", "locks", "records", "catalog", "store", "tailfile"],
     ["session"],
     ["runtime"],
-    ["integrations", "bench", "cli"],
+    ["integrations", "bench", "demo", "cli", "cli_chat", "cli_input", "cli_options", "cli_output", "cli_sessions"],
 ]
 TOP = ["", "__main__"]  # the package itself hands out the public names, so it may import anything
 

@@ -1,0 +1,7 @@
+"""``python -m infllm_agent`` is ``infllm-agent``."""
+
+import sys
+
+from infllm_agent.cli import main
+
+sys.exit(main())

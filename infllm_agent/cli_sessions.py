@@ -1,0 +1,136 @@
+"""``infllm-agent sessions``: what can be said about sessions, and done to them, without their model."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import closing
+from typing import Annotated, Any
+
+import typer
+
+from infllm_agent.catalog import Catalog, SessionInfo
+from infllm_agent.cli_options import AsJson, Root, SessionName
+from infllm_agent.cli_output import (
+    FAILED,
+    local_time,
+    message_fields,
+    print_json,
+    print_message,
+    print_table,
+    printable,
+)
+from infllm_agent.store import SessionStore
+
+app = typer.Typer(help="List, show, search and delete sessions. Needs no model.")
+
+COLUMNS = ["name", "messages", "tokens", "blocks", "disk bytes", "created", "updated", "model"]
+
+
+@app.command("list")
+def list_sessions(root: Root, as_json: AsJson = False) -> None:
+    """All sessions, as of their last commits."""
+    catalog = Catalog(root)
+    found = catalog.list()
+    if as_json:
+        print_json([_session_fields(info) for info in found])
+    elif found:
+        print_table(COLUMNS, [_session_row(info) for info in found])
+    else:
+        print(f"no sessions in {catalog.root}")
+    for problem in catalog.problems():
+        print(printable(f"warning: not readable: {problem}"), file=sys.stderr)
+
+
+@app.command()
+def show(
+    session: SessionName,
+    last: Annotated[int, typer.Option(min=0, help="How many of the latest messages to show.")] = 5,
+    *,
+    root: Root,
+    as_json: AsJson = False,
+) -> None:
+    """One session, with its latest messages."""
+    with closing(SessionStore.open(root, session, readonly=True)) as store:
+        info = store.info
+        recent = store.messages(-last) if last else []
+    if as_json:
+        print_json(_session_fields(info) | {"recent": [message_fields(message) for message in recent]})
+        return
+    for name, value in zip(COLUMNS, _session_row(info), strict=True):
+        print(f"{name:<12}{value}")
+    for message in recent:
+        print()
+        print_message(message)
+
+
+@app.command()
+def search(
+    session: SessionName,
+    query: Annotated[str, typer.Argument(metavar="QUERY", show_default=False)],
+    limit: Annotated[int, typer.Option(min=1, help="At most so many messages.")] = 20,
+    *,
+    root: Root,
+    as_json: AsJson = False,
+) -> None:
+    """Messages that have all the words, newest first."""
+    with closing(SessionStore.open(root, session, readonly=True)) as store:
+        found = store.search(query, limit)
+    if as_json:
+        print_json([message_fields(message) for message in found])
+        return
+    for message in found:
+        print_message(message)
+    if not found:
+        print("nothing found")
+
+
+@app.command()
+def delete(
+    session: SessionName,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    *,
+    root: Root,
+    as_json: AsJson = False,
+) -> None:
+    """Delete a session with everything that belongs to it."""
+    catalog = Catalog(root)
+    catalog.require(session)
+    if not yes:
+        if not sys.stdin.isatty():
+            raise typer.BadParameter("deleting for good needs --yes where nobody can be asked", param_hint="--yes")
+        if not typer.confirm(f'Delete session "{session}" and all its messages for good?', err=True):
+            print("not deleted", file=sys.stderr)
+            raise typer.Exit(FAILED)
+    catalog.delete(session)
+    if as_json:
+        print_json({"deleted": session})
+    else:
+        print(f"{session}: deleted")
+
+
+def _session_fields(info: SessionInfo) -> dict[str, Any]:
+    """A session for programs; times are unix seconds."""
+    return {
+        "name": info.name,
+        "messages": info.messages,
+        "tokens": info.tokens,
+        "blocks": info.blocks,
+        "bytes": info.bytes,
+        "created": info.created,
+        "updated": info.updated,
+        "model": info.model,
+    }
+
+
+def _session_row(info: SessionInfo) -> list[str]:
+    """A session for people: ``COLUMNS``."""
+    return [
+        info.name,
+        f"{info.messages:,}",
+        f"{info.tokens:,}",
+        f"{info.blocks:,}",
+        f"{info.bytes['disk']:,}",
+        local_time(info.created),
+        local_time(info.updated),
+        printable(info.model),
+    ]
