@@ -56,7 +56,7 @@ class Asked:
 
     question: str
     expected: str
-    said_in: tuple[int, ...]
+    said_in: list[int]
     text: str
     correct: bool
     attended: list[dict[str, Any]]
@@ -165,7 +165,7 @@ def ask(session: Session, fact: Fact, log_length: int, truncated: str | None = N
     return Asked(
         question=fact.question,
         expected=fact.answer,
-        said_in=fact.messages,
+        said_in=list(fact.messages),
         text=reply.text,
         correct=matches(reply.text, fact.answer),
         attended=[{"message": one.message, "share": round(one.share, 3)} for one in top],

@@ -1,11 +1,7 @@
-"""A transformers model that answers from a memory: loading, attaching without patching, refusing what cannot work.
+"""A transformers model that answers from a memory: loading, attaching, detaching, forwards.
 
-Every attention layer calls a function that transformers lets us register; keyword arguments given to the model's
-forward reach it, so the memory travels as one. Forwarding with all positions zero makes the model's own rotary
-embedding the identity: the function gets queries and keys unrotated and the memory rotates them itself.
-
-Which layers rotate, and how, is not read from the model's class or configuration but measured (``probe``): the same
-tokens go through once with true positions and once with zeros, and the two must differ by a rotation we can redo.
+The model is forwarded with all positions zero, which makes its own rotary embedding the identity; the memory rotates
+queries and keys itself (see ``probe``).
 """
 
 from __future__ import annotations
@@ -13,103 +9,21 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.masking_utils import AttentionMaskInterface
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from infllm_agent.attention import ATTENTION, Memory, set_attention
 from infllm_agent.config import MemoryConfig
 from infllm_agent.errors import ConfigError, ModelNotFound, UnsupportedModel
 from infllm_agent.hub import resolve_model
-from infllm_agent.kernels.rotary import Rotary
-from infllm_agent.memory import ContextMemory, LayerSpec, block_shape
-
-ATTENTION = "infllm"
-PROBE = "infllm_probe"
-PROBE_TOKENS = 24
-
-
-class Memory(Protocol):
-    """What the attention function needs of a memory (``ContextMemory`` or a reference)."""
-
-    def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, softcap: float | None = None
-    ) -> Tensor: ...
-
-    def advance(self, n: int) -> None: ...
-
-
-def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    memory: Memory | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """transformers' attention interface: query (1, q_heads, n, head_dim) in, (1, n, q_heads, head_dim) out."""
-    if memory is None:
-        raise ValueError('attn_implementation="infllm" needs a forward with memory=...; use LocalModel.forward')
-    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    layer: int = cast(Any, module).layer_idx
-    out = memory.attend(layer, query[0].contiguous(), key[0], value[0], scale=scale, softcap=softcap)
-    return out.transpose(0, 1).unsqueeze(0), None
-
-
-@dataclass
-class _Seen:
-    """What one layer handed to the attention function during a probe."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    sliding_window: int | None
-    extra: list[str]
-
-
-class _Probe:
-    """Records what each layer hands over. Its output does not depend on positions, so that two probes at different
-    positions see the same hidden states in every layer."""
-
-    def __init__(self) -> None:
-        self.seen: dict[int, _Seen] = {}
-        self.repeated = False
-
-
-def _probe_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    memory: _Probe | None = None,
-    sliding_window: int | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    if memory is not None:
-        layer: int = getattr(module, "layer_idx", -1)
-        memory.repeated |= layer in memory.seen or layer < 0
-        extra = [name for name, value in kwargs.items() if isinstance(value, Tensor) and name not in _HARMLESS]
-        memory.seen[layer] = _Seen(query[0], key[0], value[0], sliding_window, extra)
-    repeated = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
-    return repeated.transpose(1, 2), None
-
-
-#: Tensors that models pass along to every attention function and that change nothing here.
-_HARMLESS = {"position_ids", "cache_position", "position_embeddings"}
-
-AttentionInterface.register(ATTENTION, _attention)
-AttentionInterface.register(PROBE, _probe_attention)
-for _name in (ATTENTION, PROBE):
-    AttentionMaskInterface.register(_name, lambda *args, **kwargs: None)
+from infllm_agent.layers import LayerSpec
+from infllm_agent.memory import ContextMemory
+from infllm_agent.probe import probe, probe_ids, relative_error
 
 
 @dataclass
@@ -194,9 +108,9 @@ class LocalModel:
                 eos_ids=_eos_ids(model),
             )
             local._check_against_own_attention()
-            _set_attention(model, ATTENTION)
+            set_attention(model, ATTENTION)
         except BaseException:
-            _set_attention(model, before)
+            set_attention(model, before)
             raise
         return local
 
@@ -262,11 +176,11 @@ class LocalModel:
     def detached(self, attention: str = "sdpa") -> Iterator[Any]:
         """The model with transformers' own attention, for as long as the ``with`` lasts."""
         with self.lock:
-            _set_attention(self.model, attention)
+            set_attention(self.model, attention)
             try:
                 yield self.model
             finally:
-                _set_attention(self.model, ATTENTION)
+                set_attention(self.model, ATTENTION)
 
     def _step(self, token_ids: Sequence[int], memory: Memory, *, last_only: bool) -> Tensor:
         with self.lock:
@@ -288,11 +202,11 @@ class LocalModel:
     @torch.inference_mode()
     def _check_against_own_attention(self) -> None:
         """The last word: a short text in two chunks must give the logits of the model's own eager attention."""
-        ids = _probe_ids(self.model)
-        _set_attention(self.model, "eager")
+        ids = probe_ids(self.model)
+        set_attention(self.model, "eager")
         expected = self.model(input_ids=ids, use_cache=False).logits[0].float()
-        _set_attention(self.model, ATTENTION)
-        n = PROBE_TOKENS
+        set_attention(self.model, ATTENTION)
+        n = ids.shape[1]
         config = MemoryConfig(n_init=0, n_local=n, block_size=n, repr_topk=1, topk=0, chunk_size=n, max_cached_block=0)
         memory = ContextMemory(config, self.specs, self.dtype, self.device)
         parts = []
@@ -300,129 +214,12 @@ class LocalModel:
             parts.append(self._logits(chunk, memory, last_only=False).float())
             memory.advance(chunk.shape[1])
         got = torch.cat(parts)
-        error = _relative(got - got.mean(-1, keepdim=True), expected - expected.mean(-1, keepdim=True))
+        error = relative_error(got - got.mean(-1, keepdim=True), expected - expected.mean(-1, keepdim=True))
         if not error < (1e-3 if self.dtype in (torch.float32, torch.float64) else 0.1):
             raise UnsupportedModel(
                 f"{self.name} ({type(self.model).__name__}): with the memory's attention its logits differ from its "
                 f"own by {error:.1%}, so something in it is not served; it is refused rather than computed wrongly"
             )
-
-
-@torch.inference_mode()
-def probe(model: Any, name: str) -> dict[int, LayerSpec]:
-    """Measure how each attention layer treats positions.
-
-    Raises:
-        UnsupportedModel: naming the model and what about it cannot be served.
-    """
-
-    def refuse(reason: str) -> UnsupportedModel:
-        return UnsupportedModel(f"{name} ({type(model).__name__}) is not supported: {reason}")
-
-    ids = _probe_ids(model)
-    positions = torch.tensor([[*range(PROBE_TOKENS // 2), *range(100, 100 + PROBE_TOKENS // 2)]], device=ids.device)
-    text_config = model.config.get_text_config()
-    layer_types = set(getattr(text_config, "layer_types", None) or ())
-    if unknown := layer_types - {"full_attention", "sliding_attention", "attention"}:
-        raise refuse(f"it has layers of type {', '.join(sorted(unknown))}")
-    if not _set_attention(model, PROBE):
-        raise refuse("its attention does not go through transformers' attention interface")
-    try:
-        rotated, rotaries = _probe_at(model, ids, positions), _rotaries(model)
-        plain = _probe_at(model, ids, torch.zeros_like(positions))
-    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise refuse(f"it does not take the attention interface's arguments ({error})".replace("\n", " ")) from error
-    if rotated.repeated or plain.repeated:
-        raise refuse("a layer attends more than once in a forward")
-    n_layers = int(text_config.num_hidden_layers)
-    if not plain.seen:
-        raise refuse("its attention does not go through transformers' attention interface")
-    if len(plain.seen) != n_layers:
-        raise refuse(f"only {len(plain.seen)} of its {n_layers} layers are attention; the others keep their own state")
-    specs = {}
-    for layer, seen in sorted(plain.seen.items()):
-        if seen.extra:
-            raise refuse(f"layer {layer} passes {', '.join(seen.extra)} to its attention, which has no place for it")
-        if seen.k.shape[-1] != seen.v.shape[-1]:
-            raise refuse(f"layer {layer} has keys of {seen.k.shape[-1]} and values of {seen.v.shape[-1]} channels")
-        other = rotated.seen[layer]
-        if _relative(other.v, seen.v) > 1e-3:
-            raise refuse("positions reach it by another way than rotary embedding")
-        specs[layer] = LayerSpec(
-            q_heads=seen.q.shape[0],
-            kv_heads=seen.k.shape[0],
-            head_dim=seen.k.shape[-1],
-            rotary=_find_rotary(layer, seen, other, positions[0], rotaries, refuse),
-            sliding_window=seen.sliding_window,
-        )
-    remembering = {number: spec for number, spec in specs.items() if spec.sliding_window is None} or specs
-    try:
-        block_shape(MemoryConfig(), remembering, model.dtype)
-    except ValueError as error:
-        raise refuse(str(error)) from error
-    return specs
-
-
-def _probe_at(model: Any, ids: Tensor, positions: Tensor) -> _Probe:
-    record = _Probe()
-    model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=1, memory=record)
-    return record
-
-
-def _rotaries(model: Any) -> list[Rotary]:
-    """Every rotation that the model's buffers could mean: each set of frequencies, in both channel layouts."""
-    frequencies: list[Tensor] = []
-    for name, buffer in model.named_buffers():
-        if name.endswith("inv_freq") and buffer.dim() == 1:
-            value = buffer.detach().double().cpu().clone()
-            if not any(value.shape == other.shape and torch.equal(value, other) for other in frequencies):
-                frequencies.append(value)
-    return [Rotary(value, interleaved) for value in frequencies for interleaved in (False, True)]
-
-
-def _find_rotary(
-    layer: int,
-    plain: _Seen,
-    rotated: _Seen,
-    positions: Tensor,
-    candidates: Sequence[Rotary],
-    refuse: Callable[[str], UnsupportedModel],
-) -> Rotary | None:
-    """The rotation that turns the layer's queries and keys at position zero into those at ``positions``."""
-    if torch.equal(plain.q, rotated.q) and torch.equal(plain.k, rotated.k):
-        return None
-    best, best_error = None, float("inf")
-    for rotary in candidates:
-        if 2 * rotary.inv_freq.shape[0] > plain.q.shape[-1]:
-            continue
-        angles = rotary.angles(positions)
-        pairs = ((plain.q, rotated.q), (plain.k, rotated.k))
-        error = max(_relative(rotary.rotate(x.float(), angles), y.float()) for x, y in pairs)
-        if error < best_error:
-            best, best_error = rotary, error
-    if best is None or best_error > (1e-3 if plain.q.dtype in (torch.float32, torch.float64) else 0.03):
-        raise refuse(f"layer {layer} treats positions in a way that no rotary embedding of its own reproduces")
-    return best
-
-
-def _relative(value: Tensor, expected: Tensor) -> float:
-    return float((value.float() - expected.float()).norm() / expected.float().norm().clamp_min(1e-20))
-
-
-def _probe_ids(model: Any) -> Tensor:
-    vocabulary = int(model.config.get_text_config().vocab_size)
-    return (torch.arange(1, PROBE_TOKENS + 1, device=model.device) * 7919 % vocabulary)[None]
-
-
-def _set_attention(model: Any, implementation: str) -> bool:
-    """Switch the model's attention; False if it would not be switched."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            model.set_attn_implementation(implementation)
-        except ValueError:
-            return False
-    return bool(model.config._attn_implementation == implementation)
 
 
 def _trained_window(text_config: Any) -> int:

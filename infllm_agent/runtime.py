@@ -9,8 +9,9 @@ from os import PathLike
 from infllm_agent.catalog import Catalog, SessionInfo
 from infllm_agent.chat import ChatFormat
 from infllm_agent.config import MemoryConfig
+from infllm_agent.fingerprint import check_fingerprint, fingerprint
 from infllm_agent.model import LocalModel
-from infllm_agent.session import Session, check_fingerprint, fingerprint
+from infllm_agent.session import Session
 from infllm_agent.store import SessionStore
 
 

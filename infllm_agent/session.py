@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import threading
 import time
 from collections import deque
@@ -17,7 +16,7 @@ from infllm_agent import snapshot
 from infllm_agent.chat import ChatFormat, TextStream
 from infllm_agent.config import MemoryConfig, SamplingConfig
 from infllm_agent.database import storage_errors
-from infllm_agent.errors import Cancelled, InfLLMError, SessionBusy, SessionClosed, SessionMismatch
+from infllm_agent.errors import Cancelled, InfLLMError, SessionBusy, SessionClosed
 from infllm_agent.generate import Sampler, TextPieces
 from infllm_agent.memory import ContextMemory
 from infllm_agent.model import LocalModel
@@ -27,37 +26,8 @@ from infllm_agent.store import SessionStore
 from infllm_agent.tailfile import read_tail, remove_other_tails, write_tail
 from infllm_agent.trace import Trace
 
-FORMAT = 1
 #: How many steps of an answer its trace looks at.
 TRACE_STEPS = 16
-
-
-def fingerprint(model: LocalModel, chat: ChatFormat, config: MemoryConfig) -> dict[str, Any]:
-    """All that must be the same for a stored session to mean the same."""
-    return {
-        "format": FORMAT,
-        "model": model.name,
-        "weights": model.digest(),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "chat": chat.digest(),
-        "memory": config.model_dump(),
-    }
-
-
-def check_fingerprint(name: str, stored: dict[str, Any], current: dict[str, Any]) -> None:
-    """Raise SessionMismatch, naming the first field that differs. The model's name may: its weights decide."""
-    stored, current = _flat(stored), _flat(json.loads(json.dumps(current)))
-    for field in sorted(stored.keys() | current.keys()):
-        if field != "model" and stored.get(field) != current.get(field):
-            raise SessionMismatch(
-                f'session "{name}" was made with {field} = {stored.get(field)!r}, not {current.get(field)!r} '
-                f"(model then: {stored.get('model')}): open it with the settings it was made with, or start another"
-            )
-
-
-def _flat(nested: dict[str, Any]) -> dict[str, Any]:
-    memory = {f"memory.{key}": value for key, value in nested.get("memory", {}).items()}
-    return {**{key: value for key, value in nested.items() if key != "memory"}, **memory}
 
 
 class MessageStream:

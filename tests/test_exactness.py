@@ -9,10 +9,11 @@ import torch
 from tiny import ARCHITECTURES, REFUSED, build, tiny
 from torch import Tensor
 
+from infllm_agent.attention import Memory
 from infllm_agent.config import MemoryConfig
 from infllm_agent.errors import ConfigError, UnsupportedModel
 from infllm_agent.kernels.reference import ReferenceMemory
-from infllm_agent.model import LocalModel, Memory
+from infllm_agent.model import LocalModel
 
 TOLERANCE = 1e-4
 LENGTH = 96
