@@ -11,11 +11,11 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from importlib.metadata import version as installed_version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -188,7 +188,7 @@ def ask(
     with _open_session(session, where, memory, create=False) as (target, _):
         asked = target.append_user(question)
         # Closed whatever happens, so that an answer nobody reads to its end is kept as far as it came.
-        with closing(cast("Generator[str, None, None]", target.stream_reply(prefix=prefix, **sampling))) as pieces:
+        with closing(target.stream_reply(prefix=prefix, **sampling)) as pieces:
             for piece in pieces:
                 if not as_json:
                     write_piece(piece)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
-from typing import Any, cast
+from typing import Any
 
 from infllm_agent.cli_input import Interrupts, read_lines, standard_input
 from infllm_agent.cli_output import print_message, write_piece
@@ -86,7 +86,7 @@ class Chat:
     def _answer(self, text: str) -> None:
         self._session.append_user(text)
         try:
-            with closing(cast("Generator[str, None, None]", self._session.stream_reply(**self._sampling))) as pieces:
+            with closing(self._session.stream_reply(**self._sampling)) as pieces:
                 for piece in pieces:
                     write_piece(piece)
         finally:

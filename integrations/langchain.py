@@ -10,20 +10,14 @@ named ``ID.b2``, ``ID.b3``, ... So an answer depends on the messages alone, and 
 
 from __future__ import annotations
 
-import asyncio
-import contextvars
-import hashlib
-import json
 import os
-import re
 import threading
-import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import aclosing, closing, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import aclosing
 from functools import partial
-from typing import Any, NamedTuple, TypeVar, cast
-from weakref import WeakKeyDictionary, WeakValueDictionary
+from typing import Any, cast
+from weakref import WeakValueDictionary
 
 from langchain_core.callbacks import (
     AsyncCallbackManagerForChainRun,
@@ -33,370 +27,19 @@ from langchain_core.callbacks import (
 )
 from langchain_core.language_models import BaseChatModel, LangSmithParams, LanguageModelInput
 from langchain_core.language_models.chat_models import agenerate_from_stream, generate_from_stream
-from langchain_core.messages import (
-    AIMessage,
-    AIMessageChunk,
-    BaseMessage,
-    ChatMessage,
-    HumanMessage,
-    SystemMessage,
-    ToolMessage,
-)
-from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.outputs import ChatGenerationChunk, ChatResult
-from langchain_core.prompt_values import PromptValue
 from langchain_core.runnables import RunnableConfig, RunnableSerializable, ensure_config
 from pydantic import ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 from infllm_agent.catalog import check_name
-from infllm_agent.chat import ROLES
 from infllm_agent.config import MemoryConfig, SamplingConfig, default_root
-from infllm_agent.errors import Cancelled, SessionBusy
-from infllm_agent.records import Message
+from infllm_agent.integrations.calls import answer_events, answer_history, from_thread, never, time_limit
+from infllm_agent.integrations.desk import CancelCheck
+from infllm_agent.integrations.turns import SessionInput, turn_of, turns_of
 from infllm_agent.runtime import AgentRuntime
-from infllm_agent.session import Session
-from infllm_agent.store import SessionStore
 
 __all__ = ["ChatInfLLM", "SessionInput", "SessionRunnable"]
-
-T = TypeVar("T")
-
-#: What ``SessionRunnable`` takes: a user's text, a message, an event, a prompt, or a list of them.
-SessionInput = (
-    str | PromptValue | BaseMessage | Mapping[str, Any] | Sequence[str | PromptValue | BaseMessage | Mapping[str, Any]]
-)
-
-#: Asked between chunks and tokens whether to stop.
-CancelCheck = Callable[[], bool]
-
-
-def _never() -> bool:
-    return False
-
-
-# -- messages ----------------------------------------------------------------------------------------------------------
-
-
-class _Turn(NamedTuple):
-    """A message as a session stores it."""
-
-    role: str
-    text: str
-    name: str | None = None
-    call_id: str | None = None
-
-
-_ROLE_OF: list[tuple[type[BaseMessage], str]] = [
-    (SystemMessage, "system"),
-    (HumanMessage, "user"),
-    (AIMessage, "assistant"),
-    (ToolMessage, "tool"),
-]
-#: The model sees names in these messages only. Elsewhere they are labels of the caller's (agent frameworks put the
-#: agent's name on answers afterwards) and must not make a history another one.
-_NAMED_ROLES = ("tool", "observation")
-#: Content blocks that repeat what ``AIMessage.tool_calls`` says.
-_CALL_BLOCKS = ("tool_use", "tool_call")
-
-
-def _turn(message: BaseMessage) -> _Turn:
-    """A LangChain message as a session stores it. Raises ValueError for what cannot be given to a text model."""
-    role = next((role for kind, role in _ROLE_OF if isinstance(message, kind)), None)
-    if isinstance(message, ChatMessage) and message.role in ROLES:
-        role = message.role
-    if role is None:
-        what = f"role {message.role!r}" if isinstance(message, ChatMessage) else f"type {type(message).__name__}"
-        raise ValueError(
-            f"a message of {what} has no place in a session; use System-, Human-, AI- or ToolMessage, "
-            f"or ChatMessage with a role of {', '.join(ROLES)}"
-        )
-    text = _text(message)
-    if isinstance(message, AIMessage):
-        calls = [_tool_call(call["name"], call["args"]) for call in message.tool_calls]
-        calls += [_tool_call(call["name"], call["args"]) for call in message.invalid_tool_calls]
-        text = "\n".join([text, *calls] if text else calls)
-    call_id = message.tool_call_id if isinstance(message, ToolMessage) else None
-    return _Turn(role, text, message.name if role in _NAMED_ROLES else None, call_id)
-
-
-def _tool_call(name: str | None, arguments: Any) -> str:
-    """A tool call in the form that most open models were trained on (Hermes)."""
-    call = json.dumps({"name": name, "arguments": arguments}, ensure_ascii=False)
-    return f"<tool_call>\n{call}\n</tool_call>"
-
-
-def _text(message: BaseMessage) -> str:
-    if isinstance(message.content, str):
-        return message.content
-    texts = []
-    for block in message.content:
-        if isinstance(block, str):
-            texts.append(block)
-        elif block.get("type") == "text":
-            texts.append(str(block.get("text", "")))
-        elif not (isinstance(message, AIMessage) and block.get("type") in _CALL_BLOCKS):
-            raise ValueError(
-                f"a content block of type {block.get('type')!r} in a {type(message).__name__}: "
-                "the model reads text only"
-            )
-    return "".join(texts)
-
-
-_EVENT_KEYS = {"role", "text", "content", "name", "call_id", "tool_call_id"}
-
-
-def _event(event: Mapping[str, Any]) -> _Turn:
-    """An event such as ``{"role": "observation", "name": "pager", "text": "disk full"}``."""
-    unknown = event.keys() - _EVENT_KEYS
-    if unknown or event.get("role") not in ROLES or ("text" in event) == ("content" in event):
-        raise ValueError(
-            f"an event needs 'role' ({', '.join(ROLES)}) and 'text' or 'content', and may have 'name' and 'call_id'; "
-            f"got {dict(event)!r:.200}"
-        )
-    text = event["text"] if "text" in event else event["content"]
-    if not isinstance(text, str):
-        raise ValueError(f"an event's text must be a string, not {type(text).__name__}")
-    return _Turn(event["role"], text, event.get("name"), event.get("call_id", event.get("tool_call_id")))
-
-
-def _events(given: SessionInput) -> list[_Turn]:
-    if isinstance(given, str):
-        return [_Turn("user", given)]
-    if isinstance(given, BaseMessage):
-        return [_turn(given)]
-    if isinstance(given, PromptValue):
-        return [_turn(message) for message in given.to_messages()]
-    if isinstance(given, Mapping):
-        return [_event(given)]
-    if isinstance(given, Sequence):
-        return [turn for item in given for turn in _events(item)]
-    raise ValueError(f"an event must be a string, a message, a mapping or a list of these, not {type(given).__name__}")
-
-
-_BEGINNING = b""
-
-
-def _chain(turns: Sequence[_Turn]) -> list[bytes]:
-    """The digests of all beginnings of a history: entry n stands for its first n messages."""
-    chain = [_BEGINNING]
-    for turn in turns:
-        chain.append(_link(chain[-1], turn))
-    return chain
-
-
-def _link(before: bytes, turn: _Turn | Message) -> bytes:
-    name = turn.name if turn.role in _NAMED_ROLES else None
-    return hashlib.sha256(before + json.dumps([turn.role, turn.text, name, turn.call_id]).encode()).digest()
-
-
-# -- which session -----------------------------------------------------------------------------------------------------
-
-
-class _CallLock:
-    """Held by the call that works on a session; other calls queue."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self._lock = threading.Lock()  # not re-entrant, and a generator may be closed by another thread
-        self._owner: int | None = None
-
-    @property
-    def held(self) -> bool:
-        return self._lock.locked()
-
-    @property
-    def held_here(self) -> bool:
-        """Held by this thread, which would wait for itself."""
-        return self._owner == threading.get_ident()
-
-    def take_if_free(self) -> bool:
-        taken = self._lock.acquire(blocking=False)
-        if taken:
-            self._owner = threading.get_ident()
-        return taken
-
-    def take(self, cancelled: CancelCheck) -> None:
-        while not self.take_if_free():
-            if self.held_here:
-                raise SessionBusy(
-                    f'session "{self.name}": this thread still has a stream open on it; finish or close it first'
-                )
-            if cancelled():
-                raise Cancelled(f'session "{self.name}": stopped while waiting for another call')
-            time.sleep(0.01)
-
-    def release(self) -> None:
-        self._owner = None
-        self._lock.release()
-
-
-class _Desk:
-    """Knows which sessions of a runtime are in use by calls, and what their histories are.
-
-    One per runtime, so that all who share a runtime queue for its sessions.
-    """
-
-    def __init__(self) -> None:
-        self._mutex = threading.RLock()
-        self._locks: dict[str, _CallLock] = {}
-        self._digests: dict[str, tuple[int, bytes]] = {}  # session id -> generation, digest of the history in it
-
-    @contextmanager
-    def by_name(self, runtime: AgentRuntime, name: str, cancelled: CancelCheck) -> Iterator[Session]:
-        """The session of that name, for one call."""
-        lock = self._lock_of(name)
-        lock.take(cancelled)
-        try:
-            yield _settled(runtime, name)
-        finally:
-            lock.release()
-
-    @contextmanager
-    def by_history(
-        self, runtime: AgentRuntime, base: str, chain: Sequence[bytes], cancelled: CancelCheck
-    ) -> Iterator[Session]:
-        """For one call, the session of the family ``base`` whose history is the longest beginning of ``chain``."""
-        others: set[str] = set()
-        while True:
-            with self._mutex:
-                lock = self._lock_of(self._choose(runtime, base, chain, others))
-                taken = lock.take_if_free()
-            if not taken:
-                lock.take(cancelled)
-            try:
-                session = _settled(runtime, lock.name)
-                # The call that was waited for may have gone on with it, or the catalogue be behind.
-                count = session.message_count
-                digest = self._digest(session.store.id, session.store.generation, session.messages)
-                if count < len(chain) and digest == chain[count]:
-                    yield session
-                    return
-                others.add(lock.name)  # histories only grow: it will not be ours again
-            finally:
-                lock.release()
-
-    def remember(self, session: Session, digest: bytes) -> None:
-        """Note the digest of a session just committed, which saves reading all of it."""
-        with self._mutex:
-            self._digests[session.store.id] = (session.store.generation, digest)
-
-    def _lock_of(self, name: str) -> _CallLock:
-        with self._mutex:
-            return self._locks.setdefault(name, _CallLock(name))
-
-    def _choose(self, runtime: AgentRuntime, base: str, chain: Sequence[bytes], others: set[str]) -> str:
-        """The name of the session to go on with, or of one to make; none of ``others``."""
-        branch = re.compile(re.escape(base) + r"(\.b[1-9][0-9]*)?")
-        family = {info.name: info for info in runtime.sessions() if branch.fullmatch(info.name)}
-        best, longest = None, -1
-        for name, info in family.items():
-            lock = self._lock_of(name)
-            if lock.held and (info.messages == 0 or lock.held_here):
-                continue  # a history that another call has just begun will not be ours
-            if name in others or not longest < info.messages < len(chain):
-                continue
-
-            def stored(name: str = name, count: int = info.messages) -> list[Message]:
-                with SessionStore.open(runtime.root, name, readonly=True) as store:
-                    return store.messages(0, count)
-
-            if self._digest(info.id, info.generation, stored) == chain[info.messages]:
-                best, longest = name, info.messages
-        number = 1
-        while best is None:
-            name = base if number == 1 else f"{base}.b{number}"
-            if name not in family and name not in others and not self._lock_of(name).held:
-                best = name
-            number += 1
-        return best
-
-    def _digest(self, id: str, generation: int, read: Callable[[], Sequence[Message]]) -> bytes:
-        with self._mutex:
-            known = self._digests.get(id)
-            if known is None or known[0] != generation:
-                digest = _BEGINNING
-                for message in read():
-                    digest = _link(digest, message)
-                known = self._digests[id] = (generation, digest)
-            return known[1]
-
-
-def _settled(runtime: AgentRuntime, name: str) -> Session:
-    """The session, with what others appended to it committed: a failing call takes back its own part only."""
-    session = runtime.session(name)
-    session.commit()
-    return session
-
-
-@contextmanager
-def _all_or_nothing(session: Session, cancelled: CancelCheck) -> Iterator[None]:
-    """Commit what the block did to the session, or, if it fails, take it back."""
-    others = session.cancelled
-    session.cancelled = lambda: cancelled() or others()
-    try:
-        yield
-        session.commit()
-    except BaseException:
-        session.rollback()
-        raise
-    finally:
-        session.cancelled = others
-
-
-_desks: WeakKeyDictionary[AgentRuntime, _Desk] = WeakKeyDictionary()
-_runtimes: WeakValueDictionary[tuple[str, ...], AgentRuntime] = WeakValueDictionary()
-_desks_mutex, _opening = threading.Lock(), threading.Lock()  # opening takes long: it loads the model
-
-
-def _desk(runtime: AgentRuntime) -> _Desk:
-    with _desks_mutex:
-        return _desks.setdefault(runtime, _Desk())
-
-
-# -- threads -----------------------------------------------------------------------------------------------------------
-
-
-async def _from_thread(produce: Callable[[CancelCheck], Iterator[T]]) -> AsyncGenerator[T, None]:
-    """What ``produce`` yields in a thread of its own.
-
-    Closed early, or cancelled, it tells ``produce`` to stop and waits until it has.
-    """
-    loop = asyncio.get_running_loop()
-    arrived: asyncio.Queue[tuple[T] | None] = asyncio.Queue()  # None: the end
-    left = threading.Event()
-    failure: BaseException | None = None
-
-    def hand_over(item: tuple[T] | None) -> None:
-        try:
-            loop.call_soon_threadsafe(arrived.put_nowait, item)
-        except RuntimeError:  # the loop is closed: nobody waits any more
-            left.set()
-
-    def work() -> None:
-        nonlocal failure
-        try:
-            for item in produce(left.is_set):
-                hand_over((item,))
-        except BaseException as error:
-            failure = error
-        hand_over(None)
-
-    threading.Thread(target=contextvars.copy_context().run, args=(work,), name="infllm-agent-reply").start()
-    item: tuple[T] | None = None
-    ended = False
-    try:
-        while (item := await arrived.get()) is not None:
-            yield item[0]
-        ended = True
-    finally:
-        left.set()
-        while not ended:
-            ended = await arrived.get() is None
-    if failure is not None:
-        raise failure
-
-
-# -- the chat model ----------------------------------------------------------------------------------------------------
 
 _NO_TOOLS = (
     "ChatInfLLM does not call tools or follow schemas yet: describe the tools and the form of the answer in the "
@@ -407,6 +50,9 @@ _TOOL_ARGUMENTS = ("tools", "tool_choice", "functions", "function_call", "respon
 _HOSTED_ONLY = ("api_key", "base_url", "max_retries")
 #: Fields that a runtime already decided.
 _OF_RUNTIME = ("model", "root", "memory", "device", "dtype")
+
+_runtimes: WeakValueDictionary[tuple[str, str, MemoryConfig | None, str, str], AgentRuntime] = WeakValueDictionary()
+_opening = threading.Lock()  # held long: opening loads the model
 
 
 class ChatInfLLM(BaseChatModel):
@@ -519,7 +165,7 @@ class ChatInfLLM(BaseChatModel):
         if tools:
             raise NotImplementedError(_NO_TOOLS)
         chat = self._runtime().chat
-        turns = enumerate(map(_turn, messages))
+        turns = enumerate(map(turn_of, messages))
         count = sum(len(chat.render(turn.role, turn.text, name=turn.name, first=n == 0)) for n, turn in turns)
         return count + len(chat.generation_prompt(first=not messages))
 
@@ -531,45 +177,23 @@ class ChatInfLLM(BaseChatModel):
 
     # The config's ``configurable`` never reaches ``_generate`` by itself.
 
-    def invoke(
-        self,
-        input: LanguageModelInput,
-        config: RunnableConfig | None = None,
-        *,
-        stop: list[str] | None = None,
-        **kwargs: Any,
-    ) -> AIMessage:
-        return super().invoke(input, config, stop=stop, **_with_session_id(config, kwargs))
+    def invoke(self, input: LanguageModelInput, config: RunnableConfig | None = None, **kwargs: Any) -> AIMessage:
+        return super().invoke(input, config, **_with_session_id(config, kwargs))
 
     async def ainvoke(
-        self,
-        input: LanguageModelInput,
-        config: RunnableConfig | None = None,
-        *,
-        stop: list[str] | None = None,
-        **kwargs: Any,
+        self, input: LanguageModelInput, config: RunnableConfig | None = None, **kwargs: Any
     ) -> AIMessage:
-        return await super().ainvoke(input, config, stop=stop, **_with_session_id(config, kwargs))
+        return await super().ainvoke(input, config, **_with_session_id(config, kwargs))
 
     def stream(
-        self,
-        input: LanguageModelInput,
-        config: RunnableConfig | None = None,
-        *,
-        stop: list[str] | None = None,
-        **kwargs: Any,
+        self, input: LanguageModelInput, config: RunnableConfig | None = None, **kwargs: Any
     ) -> Iterator[AIMessageChunk]:
-        return super().stream(input, config, stop=stop, **_with_session_id(config, kwargs))
+        return super().stream(input, config, **_with_session_id(config, kwargs))
 
     def astream(
-        self,
-        input: LanguageModelInput,
-        config: RunnableConfig | None = None,
-        *,
-        stop: list[str] | None = None,
-        **kwargs: Any,
+        self, input: LanguageModelInput, config: RunnableConfig | None = None, **kwargs: Any
     ) -> AsyncIterator[AIMessageChunk]:
-        return super().astream(input, config, stop=stop, **_with_session_id(config, kwargs))
+        return super().astream(input, config, **_with_session_id(config, kwargs))
 
     def stream_events(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
         return super().stream_events(input, config, **_with_session_id(config, kwargs))
@@ -584,7 +208,7 @@ class ChatInfLLM(BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        return generate_from_stream(self._continue(messages, stop, kwargs))
+        return generate_from_stream(self._chunks(messages, stop, kwargs, never))
 
     async def _agenerate(
         self,
@@ -593,7 +217,7 @@ class ChatInfLLM(BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        async with aclosing(_from_thread(partial(self._continue, messages, stop, kwargs))) as chunks:
+        async with aclosing(from_thread(partial(self._chunks, messages, stop, kwargs))) as chunks:
             return await agenerate_from_stream(chunks)
 
     def _stream(
@@ -603,7 +227,7 @@ class ChatInfLLM(BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
-        for chunk in self._continue(messages, stop, kwargs):
+        for chunk in self._chunks(messages, stop, kwargs, never):
             if run_manager:
                 run_manager.on_llm_new_token(chunk.text, chunk=chunk)
             yield chunk
@@ -615,7 +239,7 @@ class ChatInfLLM(BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
-        async with aclosing(_from_thread(partial(self._continue, messages, stop, kwargs))) as chunks:
+        async with aclosing(from_thread(partial(self._chunks, messages, stop, kwargs))) as chunks:
             async for chunk in chunks:
                 if run_manager:
                     await run_manager.on_llm_new_token(chunk.text, chunk=chunk)
@@ -623,81 +247,18 @@ class ChatInfLLM(BaseChatModel):
 
     # -- how -----------------------------------------------------------------------------------------------------------
 
-    def _continue(
-        self,
-        messages: Sequence[BaseMessage],
-        stop: list[str] | None,
-        options: dict[str, Any],
-        cancelled: CancelCheck = _never,
+    def _chunks(
+        self, messages: Sequence[BaseMessage], stop: list[str] | None, options: dict[str, Any], cancelled: CancelCheck
     ) -> Iterator[ChatGenerationChunk]:
-        """Answer a whole history, in the session that holds most of it."""
         if not messages:
             raise ValueError("the list of messages is empty: give at least one message to answer")
         options = dict(options)
-        base = options.pop("session_id", None) or self.session_id or self._own_id
+        base = check_name(options.pop("session_id", None) or self.session_id or self._own_id)
         sampling = self._sampling(stop, options)
+        turns = [turn_of(message) for message in messages]
         runtime = self._runtime()
-        turns = [turn._replace(text=runtime.chat.encoder.clean(turn.text)) for turn in map(_turn, messages)]
-        chain = _chain(turns)
-        desk = _desk(runtime)
-        with self._time_limit(cancelled) as stopped:
-            with desk.by_history(runtime, check_name(base), chain, stopped) as session:
-                yield from self._answer(session, turns[session.message_count :], sampling, stopped)
-                assert session.last_reply is not None
-                desk.remember(session, _link(chain[-1], session.last_reply.message))
-
-    def _take_in(
-        self,
-        turns: Sequence[_Turn],
-        session_id: str | None,
-        reply: bool,
-        stop: list[str] | None,
-        options: dict[str, Any],
-        cancelled: CancelCheck = _never,
-    ) -> Iterator[ChatGenerationChunk]:
-        """Append to a session as it stands, and answer if ``reply``."""
-        name = session_id or self.session_id
-        if not name:
-            raise ValueError(
-                "which session? give SessionRunnable a session_id, or put session_id or thread_id "
-                "into the config's configurable"
-            )
-        sampling = self._sampling(stop, options)
-        runtime = self._runtime()
-        with self._time_limit(cancelled) as stopped:
-            with _desk(runtime).by_name(runtime, name, stopped) as session:
-                if reply:
-                    yield from self._answer(session, turns, sampling, stopped)
-                else:
-                    with _all_or_nothing(session, stopped):
-                        _append(session, turns)
-                    yield _last_chunk(self.model, session)
-
-    def _answer(
-        self, session: Session, turns: Sequence[_Turn], sampling: SamplingConfig, cancelled: CancelCheck
-    ) -> Iterator[ChatGenerationChunk]:
-        """Append messages and answer: pieces of text, then a chunk without text that says what it took."""
-        kept = session.memory.length
-        with _all_or_nothing(session, cancelled):
-            _append(session, turns)
-            with closing(cast(Generator[str], session.stream_reply(**sampling.model_dump()))) as pieces:
-                for piece in pieces:
-                    yield ChatGenerationChunk(message=AIMessageChunk(content=piece))
-            reply = session.last_reply
-            assert reply is not None
-            if reply.finish_reason == "cancelled":
-                raise Cancelled(f'session "{session.name}": stopped while answering')
-        usage = UsageMetadata(
-            input_tokens=reply.usage.input_tokens,
-            output_tokens=reply.usage.output_tokens,
-            total_tokens=reply.usage.input_tokens + reply.usage.output_tokens,
-            input_token_details=InputTokenDetails(
-                cache_read=kept,
-                # More than the reply's own count: what was appended may have gone through the model already then.
-                cache_creation=reply.usage.input_tokens - kept,
-            ),
-        )
-        yield _last_chunk(self.model, session, finish_reason=reply.finish_reason, usage=usage)
+        with time_limit(self.timeout, cancelled) as stopped:
+            yield from answer_history(runtime, base, turns, sampling, stopped)
 
     def _sampling(self, stop: list[str] | None, options: Mapping[str, Any]) -> SamplingConfig:
         """How to choose tokens: the call's settings over the object's. Raises for what is not served."""
@@ -711,49 +272,18 @@ class ChatInfLLM(BaseChatModel):
         values = {name: getattr(self, name) for name in SamplingConfig.model_fields} | given
         return SamplingConfig(**{**values, "stop": tuple(values["stop"] or ())})
 
-    @contextmanager
-    def _time_limit(self, cancelled: CancelCheck) -> Iterator[CancelCheck]:
-        """A check that also says yes when the time is up, which then is a TimeoutError."""
-        end = None if self.timeout is None else time.monotonic() + self.timeout
-
-        def is_over() -> bool:
-            return end is not None and time.monotonic() > end
-
-        try:
-            yield lambda: cancelled() or is_over()
-        except Cancelled as error:
-            if is_over() and not cancelled():
-                raise TimeoutError(f"no answer within timeout={self.timeout} s ({error})") from None
-            raise
-
     def _runtime(self) -> AgentRuntime:
         if self.runtime is not None:
             return self.runtime
         with _opening:
             if self._opened is None:
-                memory = self.memory.model_dump_json() if self.memory else ""
-                key = (os.path.realpath(self.root), self.model, memory, self.device, self.dtype)
-                runtime = _runtimes.get(key)
-                if runtime is None:
-                    runtime = _runtimes[key] = AgentRuntime.open(
+                key = (os.path.realpath(self.root), self.model, self.memory, self.device, self.dtype)
+                if (runtime := _runtimes.get(key)) is None:
+                    runtime = AgentRuntime.open(
                         self.root, self.model, self.memory, device=self.device, dtype=self.dtype
                     )
-                self._opened = runtime
+                self._opened = _runtimes[key] = runtime
             return self._opened
-
-
-def _append(session: Session, turns: Sequence[_Turn]) -> None:
-    for turn in turns:
-        session.append(turn.role, turn.text, name=turn.name, call_id=turn.call_id)
-
-
-def _last_chunk(
-    model: str, session: Session, *, finish_reason: str | None = None, usage: UsageMetadata | None = None
-) -> ChatGenerationChunk:
-    info = {"finish_reason": finish_reason} if finish_reason else {}
-    metadata = {"model_name": model, "session_id": session.name}
-    message = AIMessageChunk(content="", usage_metadata=usage, response_metadata=metadata | info, chunk_position="last")
-    return ChatGenerationChunk(message=message, generation_info=info)
 
 
 def _with_session_id(config: RunnableConfig | None, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -767,9 +297,6 @@ def _with_session_id(config: RunnableConfig | None, kwargs: dict[str, Any]) -> d
         if named is not None:
             kwargs = {**kwargs, "session_id": str(named)}
     return kwargs
-
-
-# -- the runnable ------------------------------------------------------------------------------------------------------
 
 
 class SessionRunnable(RunnableSerializable[SessionInput, AIMessage]):
@@ -814,12 +341,12 @@ class SessionRunnable(RunnableSerializable[SessionInput, AIMessage]):
     def _invoke(
         self, input: SessionInput, run_manager: CallbackManagerForChainRun, config: RunnableConfig, **kwargs: Any
     ) -> AIMessage:
-        return _message_of(generate_from_stream(self._chunks(input, config, kwargs)))
+        return _message_of(generate_from_stream(self._chunks(input, config, kwargs, never)))
 
     async def _ainvoke(
         self, input: SessionInput, run_manager: AsyncCallbackManagerForChainRun, config: RunnableConfig, **kwargs: Any
     ) -> AIMessage:
-        async with aclosing(_from_thread(partial(self._chunks, input, config, kwargs))) as chunks:
+        async with aclosing(from_thread(partial(self._chunks, input, config, kwargs))) as chunks:
             return _message_of(await agenerate_from_stream(chunks))
 
     def _stream_all(
@@ -830,7 +357,7 @@ class SessionRunnable(RunnableSerializable[SessionInput, AIMessage]):
         **kwargs: Any,
     ) -> Iterator[AIMessage]:
         for input in inputs:
-            for chunk in self._chunks(input, config, kwargs):
+            for chunk in self._chunks(input, config, kwargs, never):
                 yield cast(AIMessage, chunk.message)
 
     async def _astream_all(
@@ -841,18 +368,26 @@ class SessionRunnable(RunnableSerializable[SessionInput, AIMessage]):
         **kwargs: Any,
     ) -> AsyncIterator[AIMessage]:
         async for input in inputs:
-            async with aclosing(_from_thread(partial(self._chunks, input, config, kwargs))) as chunks:
+            async with aclosing(from_thread(partial(self._chunks, input, config, kwargs))) as chunks:
                 async for chunk in chunks:
                     yield cast(AIMessage, chunk.message)
 
     def _chunks(
-        self, input: SessionInput, config: RunnableConfig, options: dict[str, Any], cancelled: CancelCheck = _never
+        self, input: SessionInput, config: RunnableConfig, options: dict[str, Any], cancelled: CancelCheck
     ) -> Iterator[ChatGenerationChunk]:
-        options = _with_session_id(config, options)
-        session_id = options.pop("session_id", None) or self.session_id
+        turns = turns_of(input)
+        options = dict(_with_session_id(config, options))
+        name = options.pop("session_id", None) or self.session_id or self.llm.session_id
+        if not name:
+            raise ValueError(
+                "which session? give SessionRunnable a session_id, or put session_id or thread_id "
+                "into the config's configurable"
+            )
         reply = options.pop("reply", self.reply)
-        stop = options.pop("stop", None)
-        return self.llm._take_in(_events(input), session_id, reply, stop, options, cancelled)
+        sampling = self.llm._sampling(options.pop("stop", None), options)
+        runtime = self.llm._runtime()
+        with time_limit(self.llm.timeout, cancelled) as stopped:
+            yield from answer_events(runtime, name, turns, sampling if reply else None, stopped)
 
 
 def _message_of(result: ChatResult) -> AIMessage:
