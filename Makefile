@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint types bench clean
+.PHONY: help venv demo test lint types bench picture clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -35,6 +35,9 @@ bench: $(STAMP)  ## measure retrieval and speed; results in bench-results/
 	$(BIN)/infllm-agent bench retrieval --task passkey --tokens 16384 --method infllm,truncate \
 		--json bench-results/retrieval.json
 	$(BIN)/infllm-agent bench speed --histories 2048,16384 --systems infllm,plain --json bench-results/speed.json
+
+picture: $(STAMP)  ## draw docs/demo.svg from a real run of the demo
+	$(BIN)/python docs/picture.py
 
 clean:  ## remove what the other targets made
 	rm -rf $(VENV) build dist *.egg-info bench-results .pytest_cache .mypy_cache .ruff_cache .hypothesis

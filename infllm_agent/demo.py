@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -23,9 +22,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
+from infllm_agent.bench.machine import peak_rss_mb
 from infllm_agent.bench.oplog import Event, Fact, generate, matches
 from infllm_agent.chat import ChatFormat
-from infllm_agent.config import MemoryConfig
 from infllm_agent.errors import InfLLMError
 from infllm_agent.model import LocalModel
 from infllm_agent.records import Message
@@ -35,8 +34,6 @@ from infllm_agent.session import Session
 SESSION = "demo"
 TOKENS = 26_000
 SEED = 7
-#: Small blocks, many of them: facts are a sentence long. A step attends to fewer than 4K keys.
-MEMORY = MemoryConfig(n_init=64, n_local=1024, block_size=64, topk=32, max_cached_block=64, chunk_size=512)
 #: Both methods stop an answer here or at the end of its first line.
 MAX_TOKENS = 32
 #: Tokens that go through the model at once with its own attention.
@@ -86,7 +83,7 @@ def run(
         InfLLMError: the model cannot be loaded, ``root`` holds a demo already, or the restarted process failed.
     """
     began = time.perf_counter()
-    with AgentRuntime.open(root, model, MEMORY, progress=console.print) as runtime:
+    with AgentRuntime.open(root, model, progress=console.print) as runtime:
         session = runtime.session(SESSION)
         if session.message_count:
             raise InfLLMError(f"{root} holds a session called {SESSION} already: give the demo an empty folder")
@@ -106,6 +103,7 @@ def run(
             answers.append(answer)
         session.commit()
         window = runtime.model.window
+        attended_keys = session.config.attended_keys
 
     console.rule("restart: a new process opens the session")
     after = _restart(root, model, tokens, seed)
@@ -128,7 +126,7 @@ def run(
         "ingest_tok_s": round(ingest_tok_s, 1),
         "peak_rss_mb": peak_rss_mb(),
         "seconds": round(time.perf_counter() - began, 1),
-        "attended_keys": MEMORY.attended_keys,
+        "attended_keys": attended_keys,
         "model": model,
         "seed": seed,
         "questions": [asdict(answer) for answer in answers],
@@ -258,7 +256,7 @@ def _restart(root: Path, model: str, tokens: int, seed: int) -> dict[str, Any]:
 def after_restart(root: Path, model: str, tokens: int, seed: int) -> dict[str, Any]:
     """What the new process does: open the session as it was left, and ask."""
     began = time.perf_counter()
-    with AgentRuntime.open(root, model, MEMORY) as runtime:
+    with AgentRuntime.open(root, model) as runtime:
         loaded = time.perf_counter()
         session = runtime.session(SESSION)
         opened = time.perf_counter()
@@ -326,12 +324,6 @@ def _mark(right: bool) -> Text:
 def _snippet(message: Message) -> str:
     text = " ".join(message.text.split())
     return f"{message.role}: {text[:70]}{'…' if len(text) > 70 else ''}"
-
-
-def peak_rss_mb() -> int:
-    """The most memory this process has used."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak // (1024 * 1024 if sys.platform == "darwin" else 1024)
 
 
 def main() -> None:

@@ -246,7 +246,7 @@ class MemoryLayer:
 
 
 #: Blocks the index has room for at first.
-INDEX_STEP = 1024
+INDEX_STEP = 2048
 
 
 class ContextMemory:

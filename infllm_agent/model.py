@@ -133,7 +133,7 @@ class LocalModel:
                     **config.model_dump(),
                     "n_local": config.n_local // 2,
                     "n_init": config.n_init // 2,
-                    "block_size": max(config.block_size // 2, config.repr_topk),
+                    "topk": config.topk // 2,
                     "chunk_size": config.chunk_size // 2,
                 }
             )

@@ -115,13 +115,13 @@ _PLANS = [
     _Plan(
         0.06,
         "before_restart",
-        "password of the guest network",
-        ["Pineapple", "Chocolate", "Butterfly", "Elephant", "Diamond", "Volcano"],
+        "mascot of the payments team",
+        ["panda", "dolphin", "penguin", "leopard", "octopus", "tiger"],
         "user",
         None,
-        "The visitors arrive on Monday. "
-        "Please keep this for later: the {subject} is {answer}. I repeat, the {subject} is {answer}.",
-        "Noted. The {subject} is {answer}.",
+        "The votes are counted. "
+        "Please keep this for later: the {subject} is the {answer}. I repeat, the {subject} is the {answer}.",
+        "Noted. The {subject} is the {answer}.",
     ),
     _Plan(
         0.16,
@@ -156,11 +156,11 @@ _PLANS = [
     _Plan(
         0.47,
         "after_restart",
-        "vendor of the mail gateway",
-        ["Cisco", "Oracle", "Nokia", "Ericsson", "Motorola", "Philips"],
+        "colour of the emergency badge",
+        ["purple", "orange", "silver", "yellow", "pink", "brown"],
         "user",
         None,
-        "The contract is signed. The {subject} is {answer}. To be safe, once more: the {subject} is {answer}.",
+        "The badges are printed. The {subject} is {answer}. To be safe, once more: the {subject} is {answer}.",
         "Thank you. The {subject} is {answer}.",
     ),
     _Plan(

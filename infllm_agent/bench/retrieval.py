@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from infllm_agent.bench.machine import peak_rss_mb
 from infllm_agent.bench.tasks import Sample, is_right, samples
 from infllm_agent.config import MemoryConfig
 from infllm_agent.errors import ConfigError
@@ -187,9 +186,3 @@ def _measure(
         "decode_tok_s": round(written_tokens / write_s, 1),
         "peak_rss_mb": peak_rss_mb(),
     }
-
-
-def peak_rss_mb() -> int:
-    """The most memory that this process has held, in MB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak / (1e6 if sys.platform == "darwin" else 1e3))

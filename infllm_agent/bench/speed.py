@@ -8,10 +8,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
-import torch
-
+from infllm_agent.bench.machine import ceilings, peak_rss_mb
 from infllm_agent.bench.oplog import generate
-from infllm_agent.bench.retrieval import Context, FullContext, MemoryContext, peak_rss_mb
+from infllm_agent.bench.retrieval import Context, FullContext, MemoryContext
 from infllm_agent.config import MemoryConfig
 from infllm_agent.errors import ConfigError
 from infllm_agent.model import LocalModel
@@ -69,25 +68,6 @@ def run(
             )
             rows.append(row)
     return {"ceilings": ceilings(), "rows": rows}
-
-
-def ceilings() -> dict[str, float]:
-    """What the machine can do at best: a float32 matrix product, and a copy (bytes read and written counted)."""
-    a, b = torch.randn(1536, 1536), torch.randn(1536, 1536)
-    source = torch.empty(64 << 20, dtype=torch.uint8)
-    target = torch.empty_like(source)
-    product = _best(lambda: a @ b)
-    copy = _best(lambda: target.copy_(source))
-    return {"matmul_gflops": round(2 * 1536**3 / product / 1e9, 1), "copy_gb_s": round(2 * (64 << 20) / copy / 1e9, 1)}
-
-
-def _best(work: Callable[[], object], repeats: int = 10) -> float:
-    times = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - began)
-    return min(times)
 
 
 def _measure(
