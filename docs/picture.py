@@ -12,7 +12,7 @@ from infllm_agent.demo import run
 
 
 def main() -> None:
-    console = Console(record=True, width=110, force_terminal=True)
+    console = Console(record=True, width=110, force_terminal=True, highlight=False)
     with tempfile.TemporaryDirectory() as root:
         run(Path(root), console=console)
     drawn = console.export_svg(title="infllm-agent demo")

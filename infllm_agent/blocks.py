@@ -31,20 +31,28 @@ class BlockStore:
         self.mapped = 0  # blocks that lie in mapped files
         self.count = 0
 
-    def new_block(self) -> int:
-        """Room for one more block; fill it with ``put`` for every layer, then ``seal`` it."""
-        if not self._segments or self.count >= self._bases[-1] + self._segments[-1].count:
+    def add(self, count: int) -> int:
+        """Room for ``count`` more blocks, to be filled with ``put`` for every layer; returns the first one's number."""
+        first = self.count
+        self.count += count
+        while not self._segments or self.count > self._bases[-1] + self._segments[-1].count:
+            base = self._bases[-1] + self._segments[-1].count if self._segments else 0
             self._segments.append(Records.empty(self.shape, SEGMENT_BLOCKS, pin=self._pin))
-            self._bases.append(self.count)
-        self.count += 1
-        return self.count - 1
+            self._bases.append(base)
+        return first
 
-    def put(self, block: int, layer: int, k: Tensor, v: Tensor, representative: Tensor) -> None:
-        """Store ``k``, ``v`` (kv_heads, block_size, head_dim) and the representative key (kv_heads, head_dim)."""
-        records, index = self._locate(block)
-        records.kv[index, layer, 0].copy_(k)
-        records.kv[index, layer, 1].copy_(v)
-        records.representatives[index, layer].copy_(representative)
+    def put(self, first: int, layer: int, k: Tensor, v: Tensor, representatives: Tensor) -> None:
+        """Store one layer of consecutive blocks: ``k``, ``v`` (count, kv_heads, block_size, head_dim) and the
+        representative keys (count, kv_heads, head_dim)."""
+        done = 0
+        while done < len(k):
+            records, index = self._locate(first + done)
+            here = min(len(k) - done, records.count - index)
+            into, part = slice(index, index + here), slice(done, done + here)
+            records.kv[into, layer, 0] = k[part].to("cpu")
+            records.kv[into, layer, 1] = v[part].to("cpu")
+            records.representatives[into, layer] = representatives[part].to("cpu")
+            done += here
 
     def get(self, block: int, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values (kv_heads, block_size, head_dim) of one layer, as views of host memory.

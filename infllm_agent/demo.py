@@ -99,7 +99,7 @@ def run(
         answers = []
         for fact, text in zip(facts, plain, strict=True):
             answer = ask(session, fact, len(log.events), truncated=text)
-            show_answer(console, answer, session)
+            show_answer(console, answer)
             answers.append(answer)
         session.commit()
         window = runtime.model.window
@@ -159,14 +159,18 @@ def ask(session: Session, fact: Fact, log_length: int, truncated: str | None = N
     """Ask the live session about a fact. ``log_length``: the messages that are the log; questions come after."""
     session.append_user(fact.question)
     reply = session.reply(prefix=fact.prefix, max_tokens=MAX_TOKENS, stop=("\n",))
-    top = reply.trace.by_message(session.messages(0, log_length), TOP_MESSAGES)
+    messages = session.messages(0, log_length)
+    top = reply.trace.by_message(messages, TOP_MESSAGES)
     return Asked(
         question=fact.question,
         expected=fact.answer,
         said_in=list(fact.messages),
         text=reply.text,
         correct=matches(reply.text, fact.answer),
-        attended=[{"message": one.message, "share": round(one.share, 3)} for one in top],
+        attended=[
+            {"message": one.message, "share": round(one.share, 3), "text": _snippet(messages[one.message])}
+            for one in top
+        ],
         first_token_s=round(reply.first_token_s, 3),
         seconds=round(reply.seconds, 3),
         prefilled_tokens=reply.usage.prefilled_tokens,
@@ -277,16 +281,15 @@ def after_restart(root: Path, model: str, tokens: int, seed: int) -> dict[str, A
 # -- what the reader sees ------------------------------------------------------------------------------------------
 
 
-def show_answer(console: Console, answer: Asked, session: Session | None = None) -> None:
-    """One question with its answers; with ``session``, the attended messages are quoted."""
+def show_answer(console: Console, answer: Asked) -> None:
+    """One question with its answers and what the memory's answer attended to."""
     console.print(Text(f"\n{answer.question}", style="bold"), Text(f"(expected: {answer.expected})", style="dim"))
     console.print(Text("  memory    "), _mark(answer.correct), Text(answer.text))
     if answer.truncated is not None:
         console.print(Text("  truncated "), _mark(bool(answer.truncated_correct)), Text(answer.truncated))
     for one in answer.attended:
-        where = " <- said here" if one["message"] in answer.said_in else ""
-        quoted = "" if session is None else _snippet(session.messages(one["message"], one["message"] + 1)[0])
-        console.print(Text(f"    {one['share']:4.0%} message {one['message']:>4} {quoted}{where}", style="dim"))
+        where = " ← said here" if one["message"] in answer.said_in else ""
+        console.print(Text(f"    {one['share']:4.0%} message {one['message']:>4} {one['text']}{where}", style="dim"))
     rate = answer.output_tokens / max(answer.seconds - answer.first_token_s, 1e-9)
     console.print(
         Text(
@@ -323,7 +326,7 @@ def _mark(right: bool) -> Text:
 
 def _snippet(message: Message) -> str:
     text = " ".join(message.text.split())
-    return f"{message.role}: {text[:70]}{'…' if len(text) > 70 else ''}"
+    return f"{message.role}: {text[:60]}{'…' if len(text) > 60 else ''}"
 
 
 def main() -> None:

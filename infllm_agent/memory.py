@@ -39,7 +39,7 @@ class Recorder(Protocol):
 
 
 def representative_scores(k: Tensor, queries: Tensor, n_local: int) -> Tensor:
-    """How much attention each of a block's tokens received from the ``n_local`` tokens after it (paper, eq. 3).
+    """How much attention each of some tokens received from the ``n_local`` tokens after it (paper, eq. 3).
 
         r_m = 1/l Σ_{j=1..l} q_{m+j} · k_m
 
@@ -47,12 +47,12 @@ def representative_scores(k: Tensor, queries: Tensor, n_local: int) -> Tensor:
     come without rotary embedding.
 
     Args:
-        k: (kv_heads, block_size, head_dim), the tokens m, m + 1, ...
-        queries: (kv_heads, ≥ block_size + n_local, head_dim), the queries of m, m + 1, ... averaged over the heads
+        k: (kv_heads, size, head_dim), the tokens m, m + 1, ...
+        queries: (kv_heads, ≥ size + n_local, head_dim), the queries of m, m + 1, ... averaged over the heads
             that share a key head.
 
     Returns:
-        (kv_heads, block_size) float32.
+        (kv_heads, size) float32.
     """
     size = k.shape[1]
     queries = queries[:, : size + n_local].float()
@@ -216,19 +216,23 @@ class MemoryLayer:
         self.n_sinks = n
         window.drop(n)
 
-    def seal(self, block: int) -> None:
-        """The window's oldest ``block_size`` tokens become block number ``block``, with its representatives."""
-        window, size = self.window, self.config.block_size
+    def seal(self, first: int, count: int) -> None:
+        """The window's oldest ``count · block_size`` tokens become blocks ``first ..``, with their representatives."""
+        window, config = self.window, self.config
         assert window.queries is not None
-        tokens = slice(window.start, window.start + size)
+        n = count * config.block_size
+        tokens = slice(window.start, window.start + n)
         k = window.k[:, tokens]
-        scores = representative_scores(k, window.queries[:, window.start : window.stop], self.config.n_local)
-        best = scores.topk(self.config.repr_topk, dim=1).indices
-        chosen = k.gather(1, best.unsqueeze(-1).expand(-1, -1, k.shape[-1]))
-        representative = chosen.mean(dim=1, dtype=torch.float32).to(k.dtype)
-        self.store.put(block, self.index, k, window.v[:, tokens], representative)
-        self.add_to_index(representative.reshape(1, -1))
-        window.drop(size)
+        scores = representative_scores(k, window.queries[:, window.start : window.stop], config.n_local)
+        heads, dim = self.spec.kv_heads, self.spec.head_dim
+        best = scores.view(heads, count, -1).topk(config.repr_topk, dim=2).indices
+        blocks = k.view(heads, count, -1, dim)
+        chosen = blocks.gather(2, best.unsqueeze(-1).expand(-1, -1, -1, dim))
+        representatives = chosen.mean(dim=2, dtype=torch.float32).to(k.dtype).transpose(0, 1)
+        values = window.v[:, tokens].view(heads, count, -1, dim)
+        self.store.put(first, self.index, blocks.transpose(0, 1), values.transpose(0, 1), representatives)
+        self.add_to_index(representatives.flatten(1))
+        window.drop(n)
 
     def add_to_index(self, rows: Tensor) -> None:
         """Append representatives (n, kv_heads · head_dim) to the index; its room doubles when it is full."""
@@ -330,10 +334,11 @@ class ContextMemory:
             self.n_sinks = n_init
             for layer in self.layers.values():
                 layer.keep_sinks()
-        while self.n_sinks == n_init and self.length - self.first_window_token - size >= n_local:
-            block = self.store.new_block()
+        count = (self.length - self.first_window_token - n_local) // size
+        if self.n_sinks == n_init and count > 0:
+            first = self.store.add(count)
             for layer in self.layers.values():
-                layer.seal(block)
+                layer.seal(first, count)
 
     def device_bytes(self) -> int:
         """Bytes of windows, sinks, cached and looked-up blocks: constant, whatever the session's length."""

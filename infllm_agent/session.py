@@ -26,8 +26,8 @@ from infllm_agent.store import SessionStore
 from infllm_agent.tailfile import read_tail, remove_other_tails, write_tail
 from infllm_agent.trace import Trace
 
-#: How many steps of an answer its trace looks at.
-TRACE_STEPS = 16
+#: How many tokens of an answer its trace looks at.
+TRACE_TOKENS = 16
 
 
 class MessageStream:
@@ -240,6 +240,7 @@ class Session:
             self._generating = True
         began, written = time.perf_counter(), time.time()
         start = self.token_count
+        trace = Trace(self.config.n_init, self.config.block_size)
         try:
             with self._working():
                 fed_before = self.memory.length
@@ -247,15 +248,16 @@ class Session:
                 # is then asked by the question alone. What waits before it goes first.
                 self._feed(max(0, self._last_start - self.memory.length))
                 self._take(self.chat.generation_prompt() + self.chat.encoder.encode_text(prefix))
+                self.memory.recorder = trace  # the first token of the answer is decided by the last of the question
                 logits = self._feed(len(self._pending))
         except BaseException:
+            self.memory.recorder = None
             self._generating = False
             if self.token_count > start:  # the turn was opened: close it, so that the next message stands well
                 self._take(self.chat.close("assistant"))
                 self._record("assistant", prefix, start, written, None, None)
             raise
         input_tokens, prefilled = self.token_count, self.memory.length - fed_before
-        trace = Trace(self.memory.n_sinks, self.config.block_size)
         sampler, pieces = Sampler(config), TextPieces(self.chat.encoder.backend, config.stop)
         generated: list[int] = []
         finish_reason, first_token_s = "cancelled", 0.0
@@ -279,7 +281,7 @@ class Session:
                 if self.cancelled():
                     break
                 with self._working():
-                    self.memory.recorder = trace if len(generated) <= TRACE_STEPS else None
+                    self.memory.recorder = trace if len(generated) < TRACE_TOKENS else None
                     logits = self._feed(1)
             if piece := pieces.finish():
                 yield piece

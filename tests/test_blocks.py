@@ -79,12 +79,13 @@ def fill(store: BlockStore, count: int, seed: int = 0) -> list[torch.Tensor]:
     """Add ``count`` random blocks; returns keys, values and representatives of each."""
     generator = torch.Generator().manual_seed(seed)
     made = []
-    for _ in range(count):
-        number = store.new_block()
-        values = torch.randn(SHAPE.layers, 9, 2, 4, 8, generator=generator).to(SHAPE.torch_dtype)
+    while len(made) < count:
+        n = min(1 + len(made) % 40, count - len(made))  # some at a time, across the ends of segments
+        values = torch.randn(n, SHAPE.layers, 9, 2, 4, 8, generator=generator).to(SHAPE.torch_dtype)
+        first = store.add(n)
         for layer in range(SHAPE.layers):
-            store.put(number, layer, values[layer, 0], values[layer, 1], values[layer, 2, :, 0])
-        made.append(values)
+            store.put(first, layer, values[:, layer, 0], values[:, layer, 1], values[:, layer, 2, :, 0])
+        made += values.unbind()
     return made
 
 
