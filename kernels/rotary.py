@@ -35,14 +35,15 @@ class Rotary:
         cos, sin = angles
         half = cos.shape[-1]
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        wide = x[..., : 2 * half].float()  # once: products of mixed dtypes take a slow path
         if self.interleaved:
-            first, second = x[..., 0 : 2 * half : 2], x[..., 1 : 2 * half : 2]
+            first, second = wide[..., 0::2], wide[..., 1::2]
             out_first, out_second = out[..., 0 : 2 * half : 2], out[..., 1 : 2 * half : 2]
         else:
-            first, second = x[..., :half], x[..., half : 2 * half]
+            first, second = wide[..., :half], wide[..., half:]
             out_first, out_second = out[..., :half], out[..., half : 2 * half]
-        out_first.copy_(first * cos - second * sin)
-        out_second.copy_(second * cos + first * sin)
+        out_first.copy_((first * cos).addcmul_(second, sin, value=-1))
+        out_second.copy_((second * cos).addcmul_(first, sin))
         if x.shape[-1] > 2 * half:
             out[..., 2 * half :] = x[..., 2 * half :]
         return out
