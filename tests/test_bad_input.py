@@ -66,7 +66,7 @@ def test_bad_usage(cli, arguments, says):
     ("options", "code", "says"),
     [
         (["--n-local", "100000"], USAGE, "window"),
-        (["--topk", "33"], USAGE, "max_cached_block 32"),
+        (["--topk", "33", "--max-cached-block", "32"], USAGE, "max_cached_block 32"),
         (["--repr-topk", "999"], USAGE, "repr_topk 999"),
         (["--device", "toaster"], USAGE, '"toaster"'),
         (["--dtype", "float7"], USAGE, '"float7"'),
