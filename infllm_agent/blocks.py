@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -71,8 +72,12 @@ class BlockStore:
 
     def representatives(self, first: int, stop: int) -> Tensor:
         """Representatives of blocks ``first .. stop - 1``: (stop - first, layers, kv_heads, head_dim)."""
-        rows = [self._locate(block) for block in range(first, stop)]
-        return torch.stack([records.representatives[index] for records, index in rows])
+        shape = self.shape
+        rows = torch.empty((stop - first, shape.layers, shape.kv_heads, shape.head_dim), dtype=shape.torch_dtype)
+        for row, block in zip(rows, range(first, stop), strict=True):
+            records, index = self._locate(block)
+            row.copy_(records.representatives[index])
+        return rows
 
     def write_new(self, folder: Path, first: int) -> int:
         """Write blocks ``first .. count - 1`` to the session's files and fsync them. Returns bytes written."""
@@ -108,12 +113,8 @@ class BlockStore:
     def _locate(self, block: int) -> tuple[Records, int]:
         if not 0 <= block < self.count:
             raise ValueError(f"block {block} is not stored; there are {self.count}")
-        if block < self.mapped:
-            return self._segments[block // SEGMENT_BLOCKS], block % SEGMENT_BLOCKS
-        # Segments made by this process follow the mapped ones, each SEGMENT_BLOCKS long.
-        mapped_segments = -(-self.mapped // SEGMENT_BLOCKS)
-        segment, index = divmod(block - self.mapped, SEGMENT_BLOCKS)
-        return self._segments[mapped_segments + segment], index
+        segment = bisect_right(self._bases, block) - 1
+        return self._segments[segment], block - self._bases[segment]
 
 
 class CacheCounters(NamedTuple):

@@ -115,7 +115,10 @@ class Session:
     def messages(self, start: int = 0, stop: int | None = None) -> list[Message]:
         """The history, as ``list[start:stop]`` means it."""
         with self._working():
-            return [*self.store.messages(), *self._new_messages][start:stop]
+            first, last, _ = slice(start, stop).indices(self.message_count)
+            stored = self.store.message_count
+            new = self._new_messages[max(0, first - stored) : max(0, last - stored)]
+            return [*self.store.messages(first, min(last, stored)), *new]
 
     @property
     def message_count(self) -> int:

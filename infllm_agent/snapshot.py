@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infllm_agent.memory import ContextMemory, MemoryLayer
+from infllm_agent.memory import ContextMemory
 from infllm_agent.window import Window
 
 
@@ -48,24 +48,17 @@ def restore(memory: ContextMemory, tensors: dict[str, Tensor], state: dict[str, 
     memory.store.map(folder, state["blocks"])
     memory.length = state["length"]
     memory.n_sinks = state["n_sinks"]
-    rows = memory.store.representatives(0, memory.store.count) if memory.store.count else None
+    rows = memory.store.representatives(0, memory.store.count)
     for number, layer in memory.layers.items():
         _restore_window(f"layer.{number}", layer.window, tensors, state["starts"])
         sinks = tensors[f"layer.{number}.sinks"]
         layer.n_sinks = sinks.shape[2]
         layer.far_k[:, : layer.n_sinks] = sinks[0]
         layer.far_v[:, : layer.n_sinks] = sinks[1]
-        if rows is not None:
-            layer.add_to_index(rows[:, layer.index].reshape(memory.store.count, -1))
-        _restore_selected(layer, state["selected"][str(number)])
+        layer.add_to_index(rows[:, layer.index].flatten(1))
+        layer.bring(state["selected"][str(number)])
     for number, sliding in memory.sliding.items():
         _restore_window(f"layer.{number}", sliding.window, tensors, state["starts"])
-
-
-def _restore_selected(layer: MemoryLayer, selected: list[int]) -> None:
-    layer.selected = []
-    if selected:
-        layer.bring(selected)
 
 
 def _take_window(name: str, window: Window, tensors: dict[str, Tensor], starts: dict[str, int]) -> None:
