@@ -78,6 +78,10 @@ class MemoryConfig(Settings):
         """The settings the authors ship for a model with a window of 8K tokens."""
         return cls(n_init=128, n_local=4096, block_size=128, repr_topk=4, topk=16, chunk_size=512, max_cached_block=32)
 
+    def changed(self, **fields: Any) -> MemoryConfig:
+        """A copy with some fields changed, validated like any other."""
+        return MemoryConfig(**{**self.model_dump(), **fields})
+
     @property
     def window_capacity(self) -> int:
         """Most tokens at true positions at once: the window, a block (or the sinks) not yet evicted, and a chunk."""

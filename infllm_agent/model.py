@@ -128,16 +128,18 @@ class LocalModel:
         """The default configuration, scaled down for a model whose window is too small for it."""
         config = MemoryConfig()
         while config.attended_keys > self.window and config.n_local > 16:
-            config = MemoryConfig(
-                **{
-                    **config.model_dump(),
-                    "n_local": config.n_local // 2,
-                    "n_init": config.n_init // 2,
-                    "topk": config.topk // 2,
-                    "chunk_size": config.chunk_size // 2,
-                }
+            config = config.changed(
+                n_local=config.n_local // 2,
+                n_init=config.n_init // 2,
+                topk=config.topk // 2,
+                chunk_size=config.chunk_size // 2,
             )
         return config
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of one token's keys and values over all layers."""
+        return sum(2 * spec.kv_heads * spec.head_dim for spec in self.specs.values()) * self.dtype.itemsize
 
     def check_memory(self, config: MemoryConfig) -> None:
         """Raise ConfigError unless a step's keys fit the model's window."""

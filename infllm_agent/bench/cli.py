@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.table import Table
 
 from infllm_agent.cli_options import Memory, takes_options
-from infllm_agent.config import MemoryConfig
 from infllm_agent.errors import ConfigError, StorageError
 
 app = typer.Typer(help="Measure retrieval and speed.", add_completion=False)
@@ -47,7 +46,7 @@ def retrieval(
     plan = Plan(task, tokens, samples, tuple(method.split(",")), seed)
     _writable(out)
     loaded = LocalModel.load(model, device=device, dtype=dtype)
-    config = MemoryConfig(**{**loaded.default_memory().model_dump(), **memory})
+    config = loaded.default_memory().changed(**memory)
     rows = run(loaded, config, plan, report=_progress)
     _show(rows, out, rows)
 

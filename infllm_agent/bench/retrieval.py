@@ -74,8 +74,7 @@ class FullContext:
 
 
 def _full(model: LocalModel, config: MemoryConfig, tokens: int) -> Context:
-    shapes = model.specs.values()
-    needed = tokens * sum(2 * s.kv_heads * s.head_dim for s in shapes) * model.dtype.itemsize
+    needed = tokens * model.kv_bytes_per_token
     if needed > FULL_LIMIT:
         raise ConfigError(
             f"full attention over {tokens} tokens needs {needed / 1e9:.1f} GB of cache; ask for fewer tokens"
@@ -91,7 +90,7 @@ def _paper(model: LocalModel, config: MemoryConfig, tokens: int) -> Context:
 def _streaming(model: LocalModel, config: MemoryConfig, tokens: int) -> Context:
     # Sinks and window only (StreamingLLM), at the same number of attended keys.
     window = config.n_local + config.topk * config.block_size
-    return MemoryContext(model, config.model_copy(update={"topk": 0, "n_local": window}))
+    return MemoryContext(model, config.changed(topk=0, n_local=window))
 
 
 #: Room that a wrapper leaves in the window for the question and the answer.

@@ -74,7 +74,7 @@ def _measure(
     model_name: str, memory: dict[str, Any], device: str, dtype: str, system: str, history: int
 ) -> dict[str, Any]:
     model = LocalModel.load(model_name, device=device, dtype=dtype)
-    config = MemoryConfig(**{**model.default_memory().model_dump(), **memory})
+    config = model.default_memory().changed(**memory)
     ids = _text_ids(model, history + QUESTION_TOKENS)
     SYSTEMS[system](model, config).read(ids[:256])  # first calls allocate and choose kernels
     context = SYSTEMS[system](model, config)
@@ -112,5 +112,4 @@ def _device_bytes(context: Context, model: LocalModel) -> int:
     """Bytes on the computing device: windows, looked-up and cached blocks, and the index; or the whole cache."""
     if isinstance(context, MemoryContext):
         return context.memory.device_bytes() + context.memory.index_bytes()
-    per_token = sum(2 * spec.kv_heads * spec.head_dim for spec in model.specs.values()) * model.dtype.itemsize
-    return context.attended_keys * per_token
+    return context.attended_keys * model.kv_bytes_per_token
