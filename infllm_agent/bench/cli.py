@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from infllm_agent.cli_options import Memory, takes_options
+from infllm_agent.cli_output import Stopped, printable
 from infllm_agent.errors import ConfigError, StorageError
 
 app = typer.Typer(help="Measure retrieval and speed.", add_completion=False)
@@ -21,34 +26,85 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Out = Annotated[Path | None, typer.Option("--json", metavar="OUT", help="Write JSON there; - is stdout.")]
 
+#: How answers are scored, for people.
+SCORING = "exact match: the answer as a word of its own in the first line that the model writes, greedily"
+#: Of a line beside a bar, so much is shown.
+SHOWN_CHARS = 70
+
 
 @app.command()
 @takes_options
 def retrieval(
-    task: Annotated[str, typer.Option(help="passkey or number.")] = "passkey",
-    tokens: Annotated[int, typer.Option(help="Length of each context.", min=1)] = 16384,
-    samples: Annotated[int, typer.Option(help="Contexts, each with one question.", min=1)] = 5,
+    task: Annotated[
+        str,
+        typer.Option(help="passkey, number, kv, lines, multikey, vartrack, agentlog, multiturn; with commas."),
+    ] = "passkey",
+    tokens: Annotated[str, typer.Option(help="Lengths of the contexts, with commas.")] = "16384",
+    samples: Annotated[
+        int, typer.Option(help="Contexts of each task (of passkey and number: of each length).", min=1)
+    ] = 5,
+    questions: Annotated[
+        int, typer.Option(help="For each context and length, in tasks that have more than one.", min=1)
+    ] = 10,
     method: Annotated[
-        str, typer.Option(help="infllm, infllm-paper, full, streaming, truncate; with commas.")
+        str, typer.Option(help="infllm, infllm-paper, full, streaming, truncate, rag; with commas.")
     ] = "infllm",
+    truncate_to: Annotated[
+        int | None,
+        typer.Option(
+            help="Latest tokens that method truncate sees, at most the model's window.",
+            show_default="as many as a step of infllm attends to",
+            min=1,
+        ),
+    ] = None,
     model: Model = "smollm2",
     device: Device = "auto",
     dtype: Dtype = "auto",
     seed: Annotated[int, typer.Option(help="Of the contexts.")] = 0,
-    out: Out = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--json",
+            metavar="OUT",
+            help="Write JSON there; - is stdout. Answers are kept beside it as they come, in OUT with the suffix "
+            ".answers.jsonl: the same command goes on from them.",
+        ),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Draw accuracy by length and depth there, as PNG.")
+    ] = None,
     *,
     memory: Memory,
 ) -> None:
-    """Find a planted fact far past the window; greedy decoding, exact match."""
+    """Find planted facts far past the window.
+
+    Greedy decoding; an answer is right if it stands, as a word of its own, in the first line that the model writes.
+    All methods but full see at most as many tokens at once as a step of infllm attends to.
+    """
+    from infllm_agent.bench import plots
     from infllm_agent.bench.retrieval import Plan, run
     from infllm_agent.model import LocalModel
 
-    plan = Plan(task, tokens, samples, tuple(method.split(",")), seed)
+    plan = Plan(_listed(task), _numbers("--tokens", tokens), _listed(method), samples, questions, seed, truncate_to)
+    answers = None
     _writable(out)
+    if out is not None and str(out) != "-":
+        answers = out.with_suffix(".answers.jsonl")
+    if plot is not None:
+        plots.check(plot)
     loaded = LocalModel.load(model, device=device, dtype=dtype)
     config = loaded.default_memory().changed(**memory)
-    rows = run(loaded, config, plan, report=_progress)
-    _show(rows, out, rows)
+    try:
+        with _reporting() as report:
+            rows = run(loaded, config, plan, answers, report)
+    except KeyboardInterrupt:
+        kept = f"the same command goes on from {answers}" if answers else "without --json OUT nothing is kept"
+        raise Stopped(f"interrupted: {kept}") from None
+    if plot is not None:
+        for path in plots.draw(rows, plot):
+            _say(f"wrote {path}")
+    if not _printed(rows, out):
+        show_accuracy(rows)
 
 
 @app.command()
@@ -66,13 +122,22 @@ def speed(
     """Prefill and decoding by length of history, beside plain transformers (SDPA)."""
     from infllm_agent.bench.speed import run
 
-    try:
-        lengths = [int(length) for length in histories.split(",")]
-    except ValueError:
-        raise ConfigError(f'--histories "{histories}": expected numbers with commas, such as 2048,16384') from None
+    lengths = _numbers("--histories", histories)
     _writable(out)
-    table = run(model, memory, lengths, systems.split(","), device=device, dtype=dtype, report=_progress)
-    _show(table["rows"], out, table)
+    table = run(model, memory, lengths, _listed(systems), device=device, dtype=dtype, report=_say)
+    if not _printed(table, out):
+        _show(table["rows"])
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(","))
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f'{option} "{text}": expected numbers with commas, such as 2048,16384') from None
 
 
 def _writable(out: Path | None) -> None:
@@ -80,23 +145,86 @@ def _writable(out: Path | None) -> None:
     if out is None or str(out) == "-":
         return
     try:
-        out.touch()
+        out.open("a").close()
     except OSError as error:
         raise StorageError(f"{out}: cannot be written: {error.strerror}") from error
 
 
-def _progress(line: str) -> None:
+def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _show(rows: list[dict[str, Any]], out: Path | None, value: Any) -> None:
-    if out is not None:
-        text = json.dumps(value, indent=1)
-        if str(out) == "-":
-            print(text)
-            return
-        out.write_text(text + "\n")
+@contextmanager
+def _reporting() -> Iterator[Callable[[int, int, str], None]]:
+    """A bar if stderr is a terminal, else a line for each round of questions."""
+    if not sys.stderr.isatty():
+        reached = 0
+
+        def line_by_line(done: int, total: int, line: str) -> None:
+            nonlocal reached
+            if done > reached:
+                _say(f"[{done}/{total}] {line}")
+            reached = done
+
+        yield line_by_line
+        return
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[line]}", markup=False),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        bar = bars.add_task("", total=None, line="")
+        yield lambda done, total, line: bars.update(
+            bar, total=total, completed=done, line=printable(line)[:SHOWN_CHARS]
+        )
+
+
+def _printed(value: Any, out: Path | None) -> bool:
+    """Write JSON to where it is wanted; returns whether that is stdout, which then holds nothing else."""
+    if out is None:
+        return False
+    text = json.dumps(value, indent=1)
+    if str(out) == "-":
+        print(text)
+        return True
+    out.write_text(text + "\n")
+    return False
+
+
+def _show(rows: Sequence[dict[str, Any]]) -> None:
     table = Table(*rows[0])
     for row in rows:
         table.add_row(*(str(cell) for cell in row.values()))
     Console().print(table)
+
+
+def show_accuracy(rows: Sequence[dict[str, Any]]) -> None:
+    """Accuracy with a column for each method, then what each method took at the longest length."""
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    cells = {(row["task"], row["tokens"], row["method"]): row for row in rows}
+    found = Table("task", title=f"{rows[0]['model']}: right answers", caption=SCORING)
+    found.add_column("tokens", justify="right")
+    found.add_column("asked", justify="right")
+    for method in methods:
+        found.add_column(method, justify="right")
+    for task, tokens in dict.fromkeys((row["task"], row["tokens"]) for row in rows):
+        of = [cells[task, tokens, method] for method in methods]
+        found.add_row(task, f"{tokens:,}", f"{of[0]['samples']:,}", *(f"{row['accuracy']:.0%}" for row in of))
+    longest = max(row["tokens"] for row in rows)
+    took = Table("method", title=f"at {longest:,} tokens")
+    for column in ("attended keys", "prefill tok/s", "decode tok/s", "peak RSS, MB"):
+        took.add_column(column, justify="right")
+    for method in methods:
+        last = [row for row in rows if row["method"] == method and row["tokens"] == longest]
+        beyond = " (beyond the window)" if any(row["beyond_window"] for row in last) else ""
+        took.add_row(
+            method + beyond,
+            f"{max(row['attended_keys'] for row in last):,}",
+            f"{fmean(row['prefill_tok_s'] for row in last):,.0f}",
+            f"{fmean(row['decode_tok_s'] for row in last):,.1f}",
+            f"{max(row['peak_rss_mb'] for row in last):,}",
+        )
+    console = Console()
+    console.print(found, took)

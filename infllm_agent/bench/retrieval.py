@@ -2,186 +2,169 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any
 
-import torch
-from torch import Tensor
-from transformers import DynamicCache
-
-from infllm_agent.bench.machine import peak_rss_mb
-from infllm_agent.bench.tasks import Sample, is_right, samples
+from infllm_agent.bench.answers import Answered, Answers, digest_of
+from infllm_agent.bench.haystack import Haystack, Question, is_right
+from infllm_agent.bench.machine import peak_rss_mb, reset_peak_rss
+from infllm_agent.bench.methods import Method, Needs, check_name, prepare
+from infllm_agent.bench.readers import Rate
+from infllm_agent.bench.scores import Pair, rows
+from infllm_agent.bench.tasks import TASKS, draw
 from infllm_agent.config import MemoryConfig
 from infllm_agent.errors import ConfigError
 from infllm_agent.model import LocalModel
 
-#: Keys and values of full attention may take this much memory; more would not be a comparison but a swap storm.
-FULL_LIMIT = 8 << 30
-
-
-class Context(Protocol):
-    """A method that is being measured: it reads a context, then answers."""
-
-    def read(self, ids: Sequence[int]) -> Tensor:
-        """Take tokens in; the logits (vocab,) after the last."""
-
-    @property
-    def attended_keys(self) -> int:
-        """Most keys that a decoding step attends to."""
-
-
-class MemoryContext:
-    """This project's memory, under any configuration."""
-
-    def __init__(self, model: LocalModel, config: MemoryConfig) -> None:
-        self.model, self.config = model, config
-        self.memory = model.new_memory(config)
-
-    def read(self, ids: Sequence[int]) -> Tensor:
-        size = self.config.chunk_size
-        logits = torch.empty(0)
-        for start in range(0, len(ids), size):
-            logits = self.model.forward(ids[start : start + size], self.memory)
-        return logits
-
-    @property
-    def attended_keys(self) -> int:
-        return min(self.config.attended_keys, self.memory.length)
-
-
-class FullContext:
-    """transformers' own full attention with its ordinary cache; ``keep``: the latest tokens only, as a chat wrapper
-    that drops the front would."""
-
-    def __init__(self, model: LocalModel, keep: int | None = None) -> None:
-        self.model, self.keep = model, keep
-        self._cache = DynamicCache()
-
-    @torch.inference_mode()
-    def read(self, ids: Sequence[int]) -> Tensor:
-        if self.keep is not None and not self._cache.get_seq_length():
-            ids = ids[-self.keep :]
-        with self.model.detached("sdpa") as plain:
-            rows = torch.tensor([list(ids)], device=self.model.device)
-            out = plain(input_ids=rows, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
-        return out.logits[0, -1].float()  # type: ignore[no-any-return]
-
-    @property
-    def attended_keys(self) -> int:
-        return int(self._cache.get_seq_length())
-
-
-def _full(model: LocalModel, config: MemoryConfig, tokens: int) -> Context:
-    needed = tokens * model.kv_bytes_per_token
-    if needed > FULL_LIMIT:
-        raise ConfigError(
-            f"full attention over {tokens} tokens needs {needed / 1e9:.1f} GB of cache; ask for fewer tokens"
-        )
-    return FullContext(model)
-
-
-def _paper(model: LocalModel, config: MemoryConfig, tokens: int) -> Context:
-    paper = MemoryConfig.paper()
-    return MemoryContext(model, paper if paper.attended_keys <= model.window else config)
-
-
-def _streaming(model: LocalModel, config: MemoryConfig, tokens: int) -> Context:
-    # Sinks and window only (StreamingLLM), at the same number of attended keys.
-    window = config.n_local + config.topk * config.block_size
-    return MemoryContext(model, config.changed(topk=0, n_local=window))
-
-
-#: Room that a wrapper leaves in the window for the question and the answer.
-ANSWER_ROOM = 256
-
-METHODS: dict[str, Callable[[LocalModel, MemoryConfig, int], Context]] = {
-    "infllm": lambda model, config, tokens: MemoryContext(model, config),
-    "infllm-paper": _paper,
-    "full": _full,
-    "streaming": _streaming,
-    "truncate": lambda model, config, tokens: FullContext(model, keep=min(model.window, 2**20) - ANSWER_ROOM),
-}
+#: Told of rounds answered, rounds in all, and what happened.
+Report = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure."""
+    """What to measure. Each context is read once by each method and asked about at each of its lengths.
 
-    task: str
-    tokens: int
-    samples: int
+    Attributes:
+        contexts: of each task (of passkey and number: of each length).
+        questions: for each context and length, where a task has more than one.
+        truncate_to: tokens that method truncate keeps; None: as many as the memory attends to.
+    """
+
+    tasks: tuple[str, ...]
+    lengths: tuple[int, ...]
     methods: tuple[str, ...]
+    contexts: int = 5
+    questions: int = 10
     seed: int = 0
+    truncate_to: int | None = None
 
     def __post_init__(self) -> None:
+        for what, values in (("task", self.tasks), ("length", self.lengths), ("method", self.methods)):
+            if not values:
+                raise ConfigError(f"at least one {what} is needed")
+            if len(set(values)) < len(values):
+                raise ConfigError(f"a {what} is named twice: {', '.join(map(str, values))}")
+        for task in self.tasks:
+            if task not in TASKS:
+                raise ConfigError(f'task "{task}" is not known; there are {", ".join(TASKS)}')
         for method in self.methods:
-            if method not in METHODS:
-                raise ConfigError(f'method "{method}" is not known; there are {", ".join(METHODS)}')
+            check_name(method)
+        for length in self.lengths:
+            if length < 1:
+                raise ConfigError(f"a context of {length} tokens cannot be measured")
+        for option, value in (("--samples", self.contexts), ("--questions", self.questions)):
+            if value < 1:
+                raise ConfigError(f"{option} {value}: at least one is needed")
+        if self.truncate_to is not None and self.truncate_to < 1:
+            raise ConfigError(f"--truncate-to {self.truncate_to}: at least one token is needed")
 
 
 def run(
-    model: LocalModel, config: MemoryConfig, plan: Plan, report: Callable[[str], None] = lambda line: None
-) -> list[dict[str, Any]]:
-    """One row for each method, in the form of ``bench retrieval --json``.
-
-    Raises:
-        ConfigError: a task, method or length that makes no sense.
-    """
-
-    def encode(text: str) -> list[int]:
-        ids: list[int] = model.tokenizer(text, add_special_tokens=False).input_ids
-        return ids
-
-    drawn = samples(plan.task, plan.tokens, plan.samples, plan.seed, lambda text: len(encode(text)))
-    return [_measure(model, config, plan, method, drawn, encode, report) for method in plan.methods]
-
-
-def _measure(
     model: LocalModel,
     config: MemoryConfig,
     plan: Plan,
-    method: str,
-    drawn: Sequence[Sample],
-    encode: Callable[[str], list[int]],
-    report: Callable[[str], None],
-) -> dict[str, Any]:
-    correct = read_tokens = written_tokens = attended = 0
-    read_s = write_s = 0.0
-    for place, sample in enumerate(drawn, 1):
-        context = METHODS[method](model, config, plan.tokens)
-        ids = encode(sample.context)
-        began = time.perf_counter()
-        context.read(ids)
-        read_s += time.perf_counter() - began
-        read_tokens += len(ids)
-        logits = context.read(encode(sample.question))
-        answer: list[int] = []
-        began = time.perf_counter()
-        while len(answer) < sample.answer_tokens:
-            answer.append(int(logits.argmax()))
-            logits = context.read(answer[-1:])
-        write_s += time.perf_counter() - began
-        written_tokens += len(answer)
-        written = model.tokenizer.decode(answer)
-        right = is_right(sample, written)
-        correct += right
-        attended = max(attended, context.attended_keys)
-        report(
-            f"{plan.task} {plan.tokens} {method} {place}/{len(drawn)}: depth {sample.depth:.2f}, "
-            f"{'right' if right else 'wrong'}: {sample.answer} / {written.strip()!r}"
-        )
-    return {
-        "task": plan.task,
-        "tokens": plan.tokens,
-        "method": method,
-        "model": model.name,
-        "samples": len(drawn),
-        "correct": correct,
-        "accuracy": correct / len(drawn),
-        "attended_keys": attended,
-        "prefill_tok_s": round(read_tokens / read_s, 1),
-        "decode_tok_s": round(written_tokens / write_s, 1),
-        "peak_rss_mb": peak_rss_mb(),
+    answers: Path | None = None,
+    report: Report = lambda done, total, line: None,
+) -> list[dict[str, Any]]:
+    """Rows for each task, length and method, in the form of ``bench retrieval --json``.
+
+    Args:
+        answers: a file that answers are kept in as they come; those of an earlier run of this plan are used.
+
+    Raises:
+        ConfigError: a length that is too short for a task, or a method that cannot do it. Nothing is measured then.
+        StorageError: the file of answers cannot be used.
+    """
+
+    def count(text: str) -> int:
+        return len(model.tokenizer(text, add_special_tokens=False).input_ids)
+
+    haystacks = [
+        haystack
+        for task in plan.tasks
+        for haystack in draw(task, sorted(plan.lengths), plan.contexts, plan.questions, plan.seed, count)
+    ]
+    rounds = [one for haystack in haystacks for stretch in haystack.stretches for one in stretch.rounds]
+    longest_round = max(sum(count(question.text) + question.answer_tokens for question in one) for one in rounds)
+    needs = Needs(max(plan.lengths) + longest_round, longest_round, plan.truncate_to)
+    methods = [prepare(name, model, config, needs) for name in plan.methods]
+    return [{**row, "seed": plan.seed} for row in measure(model, methods, haystacks, answers, report)]
+
+
+def measure(
+    model: LocalModel,
+    methods: Sequence[Method],
+    haystacks: Sequence[Haystack],
+    answers: Path | None = None,
+    report: Report = lambda done, total, line: None,
+) -> list[dict[str, Any]]:
+    """As ``run``, for haystacks and methods that are there already."""
+    with Answers.open(answers) as kept:
+        pairs = [
+            Pair(method, haystack, digest_of(model, method, haystack)) for haystack in haystacks for method in methods
+        ]
+        total = sum(len(stretch.rounds) for pair in pairs for stretch in pair.haystack.stretches)
+        done = sum(len(kept.of(pair.digest)) for pair in pairs)
+        if done:
+            report(done, total, f"{done} of {total} rounds of questions are answered already")
+        for pair in pairs:
+            reset_peak_rss()
+            for answered, line in _ask(pair, kept):
+                done += answered
+                report(done, total, line)
+        return rows(model, pairs, kept)
+
+
+def _ask(pair: Pair, kept: Answers) -> Iterator[tuple[int, str]]:
+    """Read and ask what has no answer yet; yields rounds answered (0 or 1) and a line about it."""
+    method, haystack, earlier = pair.method, pair.haystack, kept.of(pair.digest)
+    missing = {
+        (stretch.tokens, number)
+        for stretch in haystack.stretches
+        for number in range(len(stretch.rounds))
+        if (stretch.tokens, number) not in earlier
     }
+    if not missing:
+        return
+    reader = method.new_reader()
+    longest = max(tokens for tokens, _ in missing)
+    prefill, decode = Rate(), Rate()
+    for stretch in haystack.stretches:
+        if stretch.tokens > longest:
+            return
+        name = f"{haystack.task} {stretch.tokens} {method.name} context {haystack.number + 1}"
+        yield 0, f"{name}: reading"
+        reader.read(stretch.text)
+        for number, questions in enumerate(stretch.rounds):
+            if (stretch.tokens, number) not in missing:
+                continue
+            reader.attended_keys = 0
+            written = reader.ask(questions)
+            right = [is_right(question, text) for question, text in zip(questions, written, strict=True)]
+            kept.add(
+                Answered(
+                    digest=pair.digest,
+                    task=haystack.task,
+                    context=haystack.number,
+                    method=method.name,
+                    tokens=stretch.tokens,
+                    round=number,
+                    written=written,
+                    right=right,
+                    attended_keys=reader.attended_keys,
+                    prefill=reader.prefill - prefill,
+                    decode=reader.decode - decode,
+                    peak_rss_mb=peak_rss_mb(),
+                )
+            )
+            prefill, decode = reader.prefill, reader.decode
+            told = "; ".join(map(_line, questions, written, right))
+            yield 1, f"{name} round {number + 1}/{len(stretch.rounds)}: {told}"
+        kept.sync()
+
+
+def _line(question: Question, written: str, right: bool) -> str:
+    verdict = "right" if right else "wrong"
+    return f"depth {question.depth:.2f}, {verdict}: {question.answer} / {written.strip()!r}"

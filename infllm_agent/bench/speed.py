@@ -10,7 +10,7 @@ from typing import Any
 
 from infllm_agent.bench.machine import ceilings, peak_rss_mb
 from infllm_agent.bench.oplog import generate
-from infllm_agent.bench.retrieval import Context, FullContext, MemoryContext
+from infllm_agent.bench.readers import Context, FullContext, MemoryContext
 from infllm_agent.config import MemoryConfig
 from infllm_agent.errors import ConfigError
 from infllm_agent.model import LocalModel
@@ -21,7 +21,7 @@ DECODED_TOKENS = 32
 
 
 def _infllm(model: LocalModel, config: MemoryConfig) -> Context:
-    return MemoryContext(model, config)
+    return MemoryContext.empty(model, config)
 
 
 def _plain(model: LocalModel, config: MemoryConfig) -> Context:
@@ -76,15 +76,15 @@ def _measure(
     model = LocalModel.load(model_name, device=device, dtype=dtype)
     config = model.default_memory().changed(**memory)
     ids = _text_ids(model, history + QUESTION_TOKENS)
-    SYSTEMS[system](model, config).read(ids[:256])  # first calls allocate and choose kernels
+    SYSTEMS[system](model, config).feed(ids[:256])  # first calls allocate and choose kernels
     context = SYSTEMS[system](model, config)
     began = time.perf_counter()
-    context.read(ids[:history])
+    context.feed(ids[:history])
     prefilled = time.perf_counter()
-    logits = context.read(ids[history:])
+    logits = context.feed(ids[history:])
     first = time.perf_counter()
     for _ in range(DECODED_TOKENS):
-        logits = context.read([int(logits.argmax())])
+        logits = context.feed([int(logits.argmax())])
     decoded = time.perf_counter()
     return {
         "system": system,
