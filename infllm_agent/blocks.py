@@ -8,11 +8,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from infllm_agent.blockfile import SEGMENT_BLOCKS, BlockShape, Records, map_blocks, segment_path, write_blocks
 from infllm_agent.errors import CorruptSession
+
+#: Blocks that host memory is taken for at a time.
+HOST_BLOCKS = 256
 
 
 class BlockStore:
@@ -38,7 +42,7 @@ class BlockStore:
         self.count += count
         while not self._segments or self.count > self._bases[-1] + self._segments[-1].count:
             base = self._bases[-1] + self._segments[-1].count if self._segments else 0
-            self._segments.append(Records.empty(self.shape, SEGMENT_BLOCKS, pin=self._pin))
+            self._segments.append(Records.empty(self.shape, HOST_BLOCKS, pin=self._pin))
             self._bases.append(base)
         return first
 
@@ -62,13 +66,36 @@ class BlockStore:
             CorruptSession: the stored bytes fail their checksum.
         """
         records, index = self._locate(block)
-        if (block, layer) in self._unverified:
-            if not records.verify_layer(index, layer):
-                assert self._folder is not None
-                path = segment_path(self._folder, block // SEGMENT_BLOCKS)
-                raise CorruptSession(f"{path}: block {block}, layer {layer}: keys and values fail their checksum")
-            self._unverified.discard((block, layer))
+        self._verify(records, block, index, layer)
         return records.kv[index, layer, 0], records.kv[index, layer, 1]
+
+    def keys(self, blocks: Sequence[int], layer: int) -> Tensor:
+        """Keys (kv_heads, len(blocks), block_size, head_dim) of one layer's ``blocks``, copied together on the CPU.
+
+        Raises:
+            CorruptSession: the stored bytes fail their checksum.
+        """
+        shape = self.shape
+        size = (len(blocks), shape.kv_heads, shape.block_size, shape.head_dim)
+        keys = torch.empty(size, dtype=shape.torch_dtype, pin_memory=self._pin)
+        wanted = np.asarray(blocks)
+        segments = np.searchsorted(self._bases, wanted, side="right") - 1
+        for segment in np.unique(segments):
+            records, places = self._segments[segment], np.flatnonzero(segments == segment)
+            inside = wanted[places] - self._bases[segment]
+            for block, index in zip(wanted[places].tolist(), inside.tolist(), strict=True):
+                self._verify(records, block, index, layer)
+            keys[torch.from_numpy(places)] = records.kv[torch.from_numpy(inside), layer, 0]
+        return keys.transpose(0, 1)
+
+    def _verify(self, records: Records, block: int, index: int, layer: int) -> None:
+        if (block, layer) not in self._unverified:
+            return
+        if not records.verify_layer(index, layer):
+            assert self._folder is not None
+            path = segment_path(self._folder, block // SEGMENT_BLOCKS)
+            raise CorruptSession(f"{path}: block {block}, layer {layer}: keys and values fail their checksum")
+        self._unverified.discard((block, layer))
 
     def representatives(self, first: int, stop: int) -> Tensor:
         """Representatives of blocks ``first .. stop - 1``: (stop - first, layers, kv_heads, head_dim)."""
@@ -101,6 +128,18 @@ class BlockStore:
         self._folder = folder
         self._unverified = {(block, layer) for block in range(count) for layer in range(self.shape.layers)}
         self.count = self.mapped = count
+
+    def fork(self) -> BlockStore:
+        """An independent store with the same blocks. They are shared, but for those of a last segment that has room."""
+        fork = BlockStore(self.shape, pin=self._pin)
+        fork._segments, fork._bases = list(self._segments), list(self._bases)
+        fork._folder, fork._unverified = self._folder, set(self._unverified)
+        fork.count, fork.mapped = self.count, self.mapped
+        if self._segments and self.count < self._bases[-1] + self._segments[-1].count:
+            used = self.count - self._bases[-1]
+            fork._segments[-1] = Records.empty(self.shape, self._segments[-1].count, pin=self._pin)
+            fork._segments[-1].bytes[:used] = self._segments[-1].bytes[:used]
+        return fork
 
     def host_bytes(self) -> int:
         """Bytes of host memory held, mapped files not counted."""

@@ -10,7 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from infllm_agent.errors import ConfigError
 
-Positions = Literal["one_angle", "ordinary"]
+BlockKey = Literal["representatives", "mean"]
+Lookup = Literal["similarity", "votes"]
+Positions = Literal["one_angle", "contiguous"]
 
 
 def default_root() -> Path:
@@ -52,31 +54,70 @@ class MemoryConfig(Settings):
 
     n_init: int = Field(64, ge=0, description="attention sinks: the first tokens of the session, always attended")
     n_local: int = Field(512, ge=1, description="local window: the latest tokens, attended at true positions")
-    block_size: int = Field(64, ge=1, description="consecutive evicted tokens that are stored and looked up together")
+    block_size: int = Field(16, ge=1, description="consecutive evicted tokens that are stored and looked up together")
+    block_key: BlockKey = Field(
+        "mean",
+        description="what the lookup knows of a block: the mean of all its keys, or of its representatives (the paper)",
+    )
     repr_topk: int = Field(4, ge=1, description="representative tokens per block")
-    topk: int = Field(16, ge=0, description="blocks looked up for each chunk, in each layer")
+    lookup: Lookup = Field(
+        "votes",
+        description="votes: each query and head divides one vote among the blocks; similarity: all summed (the paper)",
+    )
+    max_votes: int = Field(32, ge=1, description="queries of a chunk that vote; neighbours are averaged to so many")
+    candidates: int = Field(
+        128, ge=0, description="blocks whose exact keys a second pass compares to choose topk of them; 0: no such pass"
+    )
+    topk: int = Field(64, ge=0, description="blocks looked up for each chunk, in each layer")
     chunk_size: int = Field(512, ge=1, description="execution chunk: most tokens that go through the model at once")
-    max_cached_block: int = Field(64, ge=0, description="blocks kept on the device per layer (LRU)")
+    max_cached_block: int = Field(256, ge=0, description="blocks kept on the device per layer (LRU)")
     positions: Positions = Field(
-        "one_angle",
-        description="one_angle: all far keys at the rotary distance n_local (the paper); ordinary: true distances",
+        "contiguous",
+        description="contiguous: sinks, looked-up blocks in their order and window as if nothing lay between them; "
+        "one_angle: all far keys at the rotary distance n_local (the paper)",
     )
 
     @model_validator(mode="after")
     def _sizes_fit_together(self) -> MemoryConfig:
-        if self.repr_topk > self.block_size:
+        if self.block_key == "representatives" and self.repr_topk > self.block_size:
             raise ValueError(f"repr_topk {self.repr_topk} is more than block_size {self.block_size} tokens")
         if self.topk > self.max_cached_block:
             raise ValueError(
                 f"topk {self.topk} is more than the cache holds (max_cached_block {self.max_cached_block}); "
                 "lower topk or raise max_cached_block"
             )
+        if self.candidates and self.candidates < self.topk:
+            raise ValueError(
+                f"candidates {self.candidates} is fewer than topk {self.topk}; raise it, or 0 for no second pass"
+            )
         return self
 
     @classmethod
-    def paper(cls) -> MemoryConfig:
-        """The settings the authors ship for a model with a window of 8K tokens."""
-        return cls(n_init=128, n_local=4096, block_size=128, repr_topk=4, topk=16, chunk_size=512, max_cached_block=32)
+    def paper(cls, **sizes: int) -> MemoryConfig:
+        """The paper's rules, at the sizes the authors ship for a model with a window of 8K tokens, or at others."""
+        shipped = {"n_init": 128, "n_local": 4096, "block_size": 128, "topk": 16, "max_cached_block": 32}
+        return cls(
+            **{"repr_topk": 4, "chunk_size": 512, **shipped, **sizes},
+            block_key="representatives",
+            lookup="similarity",
+            candidates=0,
+            positions="one_angle",
+        )
+
+    def under_paper_rules(self) -> MemoryConfig:
+        """The paper's rules at this configuration's budget: the same sinks and window, and as many looked-up keys in
+        the 16 blocks that the authors ship (or more, of their 128 tokens)."""
+        far = self.topk * self.block_size
+        size = max(1, min(128, far // 16))
+        return MemoryConfig.paper(
+            n_init=self.n_init,
+            n_local=self.n_local,
+            block_size=size,
+            repr_topk=min(4, size),
+            topk=far // size,
+            chunk_size=self.chunk_size,
+            max_cached_block=max(far, self.max_cached_block * self.block_size) // size,
+        )
 
     def changed(self, **fields: Any) -> MemoryConfig:
         """A copy with some fields changed, validated like any other."""

@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -24,6 +23,7 @@ from rich.text import Text
 
 from infllm_agent.bench.machine import peak_rss_mb
 from infllm_agent.bench.oplog import Event, Fact, generate, matches
+from infllm_agent.bench.readers import FullContext
 from infllm_agent.chat import ChatFormat
 from infllm_agent.config import MemoryConfig
 from infllm_agent.errors import InfLLMError
@@ -39,8 +39,6 @@ SEED = 7
 MEMORY = MemoryConfig(n_init=64, n_local=512, block_size=32, topk=48, max_cached_block=96)
 #: Both methods stop an answer here or at the end of its first line.
 MAX_TOKENS = 32
-#: Tokens that go through the model at once with its own attention.
-PLAIN_CHUNK = 512
 #: Messages of the log that the display names for each answer.
 TOP_MESSAGES = 3
 
@@ -184,7 +182,6 @@ def ask(session: Session, fact: Fact, log_length: int, truncated: str | None = N
     )
 
 
-@torch.inference_mode()
 def ask_truncated(
     model: LocalModel, chat: ChatFormat, events: Sequence[Event], facts: Sequence[Fact], console: Console
 ) -> list[str]:
@@ -201,19 +198,19 @@ def ask_truncated(
     history = latest_messages(chat, events, model.window - room)
     console.print(f"the ordinary way: the latest {len(history):,} tokens of the log, in the model's own attention")
     answers = []
-    with model.detached() as network:
-        cache, _ = _prefill(network, history, None)
-        for fact, question in zip(facts, questions, strict=True):
-            cache, logits = _prefill(network, question, cache)
+    context = FullContext(model)
+    context.feed(history)
+    for fact, question in zip(facts, questions, strict=True):
+        with context.branch() as branch:
+            logits = branch.feed(question)
             generated: list[int] = []
             while len(generated) < MAX_TOKENS:
                 token = int(logits.argmax())
                 generated.append(token)
                 if token in chat.stop_ids or "\n" in chat.decode([token]):
                     break
-                cache, logits = _prefill(network, [token], cache)
+                logits = branch.feed([token])
             answers.append(fact.prefix + chat.decode(generated).partition("\n")[0])
-            cache.crop(len(history) - cache.get_seq_length())  # negative: so many tokens are removed
     return answers
 
 
@@ -229,16 +226,6 @@ def latest_messages(chat: ChatFormat, events: Sequence[Event], room: int) -> lis
             break
         kept.append(ids)
     return system + [token for ids in reversed(kept) for token in ids]
-
-
-def _prefill(network: Any, ids: Sequence[int], cache: Any) -> tuple[Any, torch.Tensor]:
-    """Put ids through a transformers model with its own attention; the cache, and the logits after the last."""
-    logits = torch.empty(0)
-    for start in range(0, len(ids), PLAIN_CHUNK):
-        chunk = torch.tensor([list(ids[start : start + PLAIN_CHUNK])], device=network.device)
-        out = network(input_ids=chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache, logits = out.past_key_values, out.logits[0, -1]
-    return cache, logits
 
 
 def _render(chat: ChatFormat, event: Event, *, first: bool = False) -> list[int]:

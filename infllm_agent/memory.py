@@ -5,9 +5,9 @@ Per attention layer, past tokens fall into three groups, oldest first (paper, se
     [ sinks: first n_init ] [ evicted tokens, in blocks of block_size ] [ local window: at least the last n_local ]
 
 A chunk of tokens goes through every layer as: *append* it behind the window, *look up* the blocks its queries ask
-for, *attend* to sinks, those blocks and the window in one softmax. When all layers are done, ``advance`` makes the
-chunk part of the window and *seals* what has left it into blocks. Until then nothing of the past is changed, so a
-forward that fails or is interrupted midway can simply be run again.
+for, *bring* them to the device, *attend* to sinks, those blocks and the window in one softmax. When all layers are
+done, ``advance`` makes the chunk part of the window and *seals* what has left it into blocks. Until then nothing of
+the past is changed, so a forward that fails or is interrupted midway can simply be run again.
 
 The window holds every token that is neither a sink nor in a block yet: no token is ever out of sight of the lookup,
 and a session that fits the window is computed exactly as by full attention.
@@ -23,7 +23,10 @@ from torch import Tensor
 
 from infllm_agent.blocks import BlockCache, BlockStore
 from infllm_agent.config import MemoryConfig
+from infllm_agent.index import BlockIndex
 from infllm_agent.kernels.attention import attend, merge
+from infllm_agent.kernels.lookup import attention_mass, representative_scores, similarity, voters, votes
+from infllm_agent.kernels.rotary import RotaryTable
 from infllm_agent.layers import LayerSpec, SlidingLayer, block_shape
 from infllm_agent.window import Window
 
@@ -36,31 +39,6 @@ class Recorder(Protocol):
 
     def near(self, layer: int, first_token: int, shares: Tensor) -> None:
         """``shares`` (n,) of the tokens from number ``first_token`` of the session on."""
-
-
-def representative_scores(k: Tensor, queries: Tensor, n_local: int) -> Tensor:
-    """How much attention each of some tokens received from the ``n_local`` tokens after it (paper, eq. 3).
-
-        r_m = 1/l Σ_{j=1..l} q_{m+j} · k_m
-
-    A running sum over the queries gives every r_m with one dot product. Positions play no part: queries and keys
-    come without rotary embedding.
-
-    Args:
-        k: (kv_heads, size, head_dim), the tokens m, m + 1, ...
-        queries: (kv_heads, ≥ size + n_local, head_dim), the queries of m, m + 1, ... averaged over the heads
-            that share a key head.
-
-    Returns:
-        (kv_heads, size) float32.
-    """
-    size = k.shape[1]
-    queries = queries[:, : size + n_local].float()
-    running = queries[:, n_local:] - queries[:, :size]  # as m moves on, one query enters the sum and one leaves
-    first_sum = queries[:, :n_local].sum(dim=1, keepdim=True)
-    # Σ_{j=1..l} q_{m+j} for m = 0, 1, ...: entering q_{m+l}, leaving q_m.
-    sums = first_sum + running.cumsum(dim=1)
-    return (sums * k.float()).sum(dim=-1) / n_local
 
 
 class MemoryLayer:
@@ -80,66 +58,76 @@ class MemoryLayer:
             spec.rotary,
             capacity=config.window_capacity,
             slack=max(config.chunk_size, config.n_local // 2),
-            with_queries=True,
+            with_queries=config.block_key == "representatives",
             dtype=shape.torch_dtype,
             device=device,
         )
         self.cache = BlockCache(config.max_cached_block, shape, device)
-        # Sinks, then the blocks looked up last: one contiguous set of keys. A block keeps its place while it is
-        # looked up again, so a step copies only what changed; the order does not matter to a softmax.
+        # Sinks, then the blocks looked up last, in their order: one contiguous set of keys.
         far_keys = config.n_init + config.topk * config.block_size
         self.far_k = torch.empty((spec.kv_heads, far_keys, spec.head_dim), dtype=shape.torch_dtype, device=device)
         self.far_v = torch.empty_like(self.far_k)
+        self.far_rotary: RotaryTable | None = None
+        self.far_k_rotated = self.far_k
+        if spec.rotary is not None and config.positions == "contiguous":
+            self.far_rotary = RotaryTable(spec.rotary, far_keys + self.window.size, device)
+            self.far_k_rotated = torch.empty_like(self.far_k)
         self.n_sinks = 0
-        self.selected: list[int] = []  # the block in each place of the far keys
-        # Representative keys of all blocks, one row each: the one thing here that grows. In float32, because the
-        # scores of a thousand similar blocks differ by less than bfloat16 can tell apart.
-        self.index_rows = torch.empty((INDEX_STEP, spec.kv_heads * spec.head_dim), device=device)
-        self.n_blocks = 0
+        self.selected: list[int] = []  # the blocks among the far keys
+        self.blocks = BlockIndex(spec.kv_heads, spec.head_dim, device)
 
-    # -- one chunk: append, look up, attend ------------------------------------------------------------------------
+    # -- one chunk: append, look up, bring, attend -------------------------------------------------------------------
 
     def append(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Put the chunk's keys, values and (averaged) queries behind the window."""
         grouped = q.view(self.spec.kv_heads, -1, *q.shape[1:])
         self.window.stage(k, v, grouped.mean(dim=1) if grouped.shape[1] > 1 else grouped[:, 0])
 
-    def look_up(self, q: Tensor) -> list[int]:
-        """The ``topk`` blocks whose representatives the chunk's queries attend to most (paper, eq. 2).
+    def look_up(self, q: Tensor, scale: float) -> list[int]:
+        """The ``topk`` blocks that the chunk's queries ask for, in their order.
 
-            sim(X, B) = Σ_i Σ_j q_i · k_{r_j}
-
-        Both sums are linear: the chunk's mean query times each block's mean representative, over all heads.
+        First all blocks by the one key that stands for each (paper, eq. 2; or votes), then, with ``candidates``, the
+        best of them by all their keys.
         """
-        topk = min(self.config.topk, self.n_blocks)
-        if topk == self.n_blocks:
-            return list(range(self.n_blocks))
-        query = q.view(self.spec.kv_heads, -1, self.spec.head_dim).mean(dim=1, dtype=torch.float32)
-        scores = self.index_rows[: self.n_blocks] @ query.reshape(-1)
-        chosen: list[int] = scores.topk(topk).indices.tolist()
+        config, n_blocks = self.config, self.blocks.count
+        if n_blocks <= config.topk:
+            return list(range(n_blocks))
+        if config.lookup == "similarity":
+            scores = similarity(q, self.blocks.keys)
+        else:
+            scores = votes(voters(q, config.max_votes), self.blocks.keys, scale)
+        best = scores.topk(min(max(config.topk, config.candidates), n_blocks)).indices
+        if config.candidates:
+            keys = self.store.keys(best.tolist(), self.index).to(q.device, non_blocking=True)
+            mass = attention_mass(voters(q, config.max_votes), keys, scale)
+            best = best[mass.topk(config.topk).indices]
+        chosen: list[int] = best.sort().values.tolist()
         return chosen
 
-    def bring(self, blocks: Sequence[int]) -> None:
-        """Make ``blocks`` the far keys, through the device cache; those already there stay where they are."""
-        wanted = set(blocks)
-        present = set(self.selected)
-        new = [block for block in blocks if block not in present]
-        slot_of = dict(zip(blocks, self.cache.fetch(blocks, self._load), strict=True))
-        places = [place for place, block in enumerate(self.selected) if block not in wanted]
-        places.extend(range(len(self.selected), len(blocks)))
-        size = self.config.block_size
-        for block, place in zip(new, places, strict=True):
-            slot = slot_of[block]
-            keys = slice(self.n_sinks + place * size, self.n_sinks + (place + 1) * size)
-            self.far_k[:, keys] = self.cache.k[:, slot]
-            self.far_v[:, keys] = self.cache.v[:, slot]
-            if place == len(self.selected):
-                self.selected.append(block)
-            else:
-                self.selected[place] = block
+    def bring(self, blocks: list[int]) -> None:
+        """Make ``blocks`` the far keys behind the sinks, through the device cache."""
+        if blocks == self.selected:
+            return
+        slots = torch.tensor(self.cache.fetch(blocks, self._load), device=self.far_k.device)
+        behind = slice(self.n_sinks, self.n_sinks + len(blocks) * self.config.block_size)
+        self.far_k[:, behind] = self.cache.k.index_select(1, slots).flatten(1, 2)
+        self.far_v[:, behind] = self.cache.v.index_select(1, slots).flatten(1, 2)
+        self.selected = list(blocks)
+        self._rotate_far()
+
+    def _rotate_far(self) -> None:
+        """Give the far keys their positions: as if they were one text, from 0 on. ``one_angle`` leaves them at 0."""
+        if self.far_rotary is not None:
+            far = slice(0, self.n_far)
+            self.far_k_rotated[:, far] = self.far_rotary.rotate(self.far_k[:, far], 0)
 
     def _load(self, block: int) -> tuple[Tensor, Tensor]:
         return self.store.get(block, self.index)
+
+    @property
+    def n_far(self) -> int:
+        """Sinks and looked-up keys."""
+        return self.n_sinks + len(self.selected) * self.config.block_size
 
     def attend(
         self,
@@ -163,14 +151,13 @@ class MemoryLayer:
         """
         n = q.shape[1]
         self.append(q, k, v)
-        if self.n_blocks:
-            self.bring(self.look_up(q))
-        window = self.window
+        if self.blocks.count:
+            self.bring(self.look_up(q, scale))
+        window, n_far = self.window, self.n_far
         q_near = window.rotate_queries(q)
         parts = []
-        n_far = self.n_sinks + len(self.selected) * self.config.block_size
         if n_far:
-            q_far, far_k = self._far(q, q_near, n_far, first_token)
+            q_far, far_k = self._rotated_far(q)
             parts.append(attend(q_far, far_k, self.far_v[:, :n_far], scale=scale, softcap=softcap))
         past, end = slice(window.start, window.stop), window.stop + n
         if n == 1:  # the window and the token itself are one unmasked set
@@ -192,19 +179,15 @@ class MemoryLayer:
             recorder.near(self.index, first_token, near)
         return merged.out
 
-    def _far(self, q: Tensor, q_near: Tensor, n_far: int, first_token: int) -> tuple[Tensor, Tensor]:
-        """Queries and far keys, rotated as the configuration says."""
-        far_k, table = self.far_k[:, :n_far], self.window.rotary
-        if table is None:
-            return q, far_k
-        if self.config.positions == "one_angle":
+    def _rotated_far(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """The queries as the far keys see them, and those keys, rotated as the configuration says."""
+        far_k = self.far_k_rotated[:, : self.n_far]
+        if self.far_rotary is not None:
+            return self.far_rotary.rotate(q, self.n_far + len(self.window)), far_k
+        if self.window.rotary is not None:
             # Keys at position 0, which is no rotation; queries at n_local: one distance for all (paper, 3.2).
-            return table.rotate_all_to(q, self.config.n_local), far_k
-        size = self.config.block_size
-        starts = [self.n_sinks + block * size for block in self.selected]
-        tokens = [torch.arange(self.n_sinks)] + [torch.arange(start, start + size) for start in starts]
-        places = torch.cat(tokens).to(far_k.device) + (self.window.start - first_token)
-        return q_near, table.rotary.rotate(far_k, table.rotary.angles(places))
+            return self.window.rotary.rotate_all_to(q, self.config.n_local), far_k
+        return q, far_k
 
     # -- between chunks: seal -----------------------------------------------------------------------------------
 
@@ -214,43 +197,52 @@ class MemoryLayer:
         self.far_k[:, :n] = window.k[:, window.start : window.start + n]
         self.far_v[:, :n] = window.v[:, window.start : window.start + n]
         self.n_sinks = n
+        self._rotate_far()
         window.drop(n)
 
     def seal(self, first: int, count: int) -> None:
-        """The window's oldest ``count · block_size`` tokens become blocks ``first ..``, with their representatives."""
-        window, config = self.window, self.config
-        assert window.queries is not None
-        n = count * config.block_size
+        """The window's oldest ``count · block_size`` tokens become blocks ``first ..``, each with its key."""
+        window = self.window
+        n = count * self.config.block_size
         tokens = slice(window.start, window.start + n)
-        k = window.k[:, tokens]
-        scores = representative_scores(k, window.queries[:, window.start : window.stop], config.n_local)
         heads, dim = self.spec.kv_heads, self.spec.head_dim
-        best = scores.view(heads, count, -1).topk(config.repr_topk, dim=2).indices
-        blocks = k.view(heads, count, -1, dim)
-        chosen = blocks.gather(2, best.unsqueeze(-1).expand(-1, -1, -1, dim))
-        representatives = chosen.mean(dim=2, dtype=torch.float32).to(k.dtype).transpose(0, 1)
-        values = window.v[:, tokens].view(heads, count, -1, dim)
-        self.store.put(first, self.index, blocks.transpose(0, 1), values.transpose(0, 1), representatives)
-        self.add_to_index(representatives.flatten(1))
+        k = window.k[:, tokens].view(heads, count, -1, dim)
+        v = window.v[:, tokens].view(heads, count, -1, dim)
+        # Rounded as they are stored: a resumed session must rank blocks like one that went on.
+        keys = self.block_keys(k).to(k.dtype).transpose(0, 1)
+        self.store.put(first, self.index, k.transpose(0, 1), v.transpose(0, 1), keys)
+        self.blocks.append(keys)
         window.drop(n)
 
-    def add_to_index(self, rows: Tensor) -> None:
-        """Append representatives (n, kv_heads · head_dim) to the index; its room doubles when it is full."""
-        stop = self.n_blocks + rows.shape[0]
-        if stop > self.index_rows.shape[0]:
-            room = max(2 * self.index_rows.shape[0], -(-stop // INDEX_STEP) * INDEX_STEP)
-            grown = self.index_rows.new_empty((room, self.index_rows.shape[1]))
-            grown[: self.n_blocks] = self.index_rows[: self.n_blocks]
-            self.index_rows = grown
-        self.index_rows[self.n_blocks : stop] = rows
-        self.n_blocks = stop
+    def block_keys(self, k: Tensor) -> Tensor:
+        """What stands for each of the window's oldest blocks: the mean (kv_heads, count, head_dim) float32 of its keys
+        ``k`` (kv_heads, count, block_size, head_dim), or of its representatives among them (paper, 3.2)."""
+        if self.config.block_key == "representatives":
+            window = self.window
+            assert window.queries is not None
+            queries = window.queries[:, window.start : window.stop]
+            scores = representative_scores(k.flatten(1, 2), queries, self.config.n_local).view(k.shape[:3])
+            best = scores.topk(self.config.repr_topk, dim=2).indices
+            k = k.gather(2, best.unsqueeze(-1).expand(-1, -1, -1, k.shape[-1]))
+        return k.mean(dim=2, dtype=torch.float32)
+
+    def fork_into(self, other: MemoryLayer) -> None:
+        """Give this layer's past to a new layer of a forked memory."""
+        self.window.copy_into(other.window)
+        other.blocks = self.blocks.fork()
+        other.restore_far(self.far_k[:, : self.n_sinks], self.far_v[:, : self.n_sinks], self.selected)
+
+    def restore_far(self, sink_k: Tensor, sink_v: Tensor, selected: list[int]) -> None:
+        """Put back sinks (kv_heads, n, head_dim) and the blocks looked up last."""
+        self.n_sinks = sink_k.shape[1]
+        self.far_k[:, : self.n_sinks] = sink_k
+        self.far_v[:, : self.n_sinks] = sink_v
+        self._rotate_far()
+        self.bring(selected)
 
     def device_bytes(self) -> int:
-        return self.window.device_bytes() + self.cache.device_bytes() + self.far_k.nbytes + self.far_v.nbytes
-
-
-#: Blocks the index has room for at first.
-INDEX_STEP = 2048
+        far = [self.far_k, self.far_v] + ([self.far_k_rotated] if self.far_rotary is not None else [])
+        return self.window.device_bytes() + self.cache.device_bytes() + sum(buffer.nbytes for buffer in far)
 
 
 class ContextMemory:
@@ -268,6 +260,7 @@ class ContextMemory:
         self, config: MemoryConfig, specs: dict[int, LayerSpec], dtype: torch.dtype, device: torch.device
     ) -> None:
         self.config = config
+        self.specs = specs
         self.device = device
         self.dtype = dtype
         self.recorder: Recorder | None = None
@@ -340,15 +333,28 @@ class ContextMemory:
             for layer in self.layers.values():
                 layer.seal(first, count)
 
+    def fork(self) -> ContextMemory:
+        """An independent memory with the same past. Sealed blocks are shared; windows and sinks are copied."""
+        fork = ContextMemory(self.config, self.specs, self.dtype, self.device)
+        fork.length, fork.n_sinks = self.length, self.n_sinks
+        store = self.store.fork()
+        fork.store = store
+        for number, layer in self.layers.items():
+            fork.layers[number].store = store
+            layer.fork_into(fork.layers[number])
+        for number, sliding in self.sliding.items():
+            sliding.window.copy_into(fork.sliding[number].window)
+        return fork
+
     def device_bytes(self) -> int:
         """Bytes of windows, sinks, cached and looked-up blocks: constant, whatever the session's length."""
         remembering = sum(layer.device_bytes() for layer in self.layers.values())
         return remembering + sum(layer.device_bytes() for layer in self.sliding.values())
 
     def index_bytes(self) -> int:
-        """Bytes of the representatives that every lookup reads: the one part on the device that grows, by four
-        bytes a channel for each block, in steps that double."""
-        return sum(layer.index_rows.nbytes for layer in self.layers.values())
+        """Bytes of the block keys that every lookup reads: the one part on the device that grows, by four bytes a
+        channel for each block, in steps that double."""
+        return sum(layer.blocks.device_bytes() for layer in self.layers.values())
 
     def cache_counters(self) -> tuple[int, int]:
         """Device cache hits and misses so far, in blocks, over all layers."""

@@ -132,6 +132,7 @@ class LocalModel:
                 n_local=config.n_local // 2,
                 n_init=config.n_init // 2,
                 topk=config.topk // 2,
+                candidates=config.candidates // 2,
                 chunk_size=config.chunk_size // 2,
             )
         return config

@@ -52,11 +52,8 @@ def restore(memory: ContextMemory, tensors: dict[str, Tensor], state: dict[str, 
     for number, layer in memory.layers.items():
         _restore_window(f"layer.{number}", layer.window, tensors, state["starts"])
         sinks = tensors[f"layer.{number}.sinks"]
-        layer.n_sinks = sinks.shape[2]
-        layer.far_k[:, : layer.n_sinks] = sinks[0]
-        layer.far_v[:, : layer.n_sinks] = sinks[1]
-        layer.add_to_index(rows[:, layer.index].flatten(1))
-        layer.bring(state["selected"][str(number)])
+        layer.blocks.append(rows[:, layer.index])
+        layer.restore_far(sinks[0], sinks[1], state["selected"][str(number)])
     for number, sliding in memory.sliding.items():
         _restore_window(f"layer.{number}", sliding.window, tensors, state["starts"])
 

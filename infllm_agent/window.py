@@ -78,6 +78,12 @@ class Window:
         self.stage(k, v, queries)
         self.advance(k.shape[1])
 
+    def copy_into(self, other: Window) -> None:
+        """Make an empty window of the same shape a copy of this one, to the bit."""
+        held = slice(self.start, self.stop)
+        queries = self.queries[:, held] if self.queries is not None else None
+        other.restore(self.start, self.k[:, held], self.v[:, held], queries)
+
     def device_bytes(self) -> int:
         """Bytes of the buffers; constant."""
         buffers = [self.k, self.v, self.queries]

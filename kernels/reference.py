@@ -63,7 +63,7 @@ class ReferenceLayer:
             far, near_from = [], 0
         else:
             n_sinks, n_blocks = self.evicted(past)
-            blocks = self.look_up(range(past, len(self.k)), n_sinks, n_blocks)
+            blocks = self.look_up(range(past, len(self.k)), n_sinks, n_blocks, scale)
             far = list(range(n_sinks)) + [token for block in blocks for token in self.tokens(block, n_sinks)]
             near_from = n_sinks + n_blocks * self.config.block_size
         return torch.stack([self.one(token, far, near_from, scale, softcap) for token in range(past, len(self.k))], 1)
@@ -93,16 +93,56 @@ class ReferenceLayer:
             chosen.append([m for _, m in sorted(scores, reverse=True)[: self.config.repr_topk]])
         return chosen
 
-    def look_up(self, queries: range, n_sinks: int, n_blocks: int) -> list[int]:
-        """The ``topk`` blocks by sim(X, B) = Σ_i Σ_j q_i·k_{r_j}, summed over heads."""
-        scored = []
-        for block in range(n_blocks):
-            similarity = 0.0
-            for head, tokens in enumerate(self.representatives(block, n_sinks)):
-                for i in queries:
-                    similarity += sum(float(self.shared_query(i, head) @ self.k[m][head]) for m in tokens)
-            scored.append((similarity, block))
-        return [block for _, block in sorted(scored, reverse=True)[: self.config.topk]]
+    def look_up(self, queries: range, n_sinks: int, n_blocks: int, scale: float) -> list[int]:
+        """The ``topk`` blocks by their scores; with ``candidates``, by the exact mass of the best ``candidates``."""
+        config = self.config
+        if n_blocks <= config.topk:
+            return list(range(n_blocks))
+        keys = [self.block_key(block, n_sinks) for block in range(n_blocks)]
+        if config.lookup == "similarity":
+            scores = [self.similarity(queries, key) for key in keys]
+        else:
+            scores = self.votes(queries, keys, scale)
+        best = sorted(range(n_blocks), key=lambda block: -scores[block])
+        if config.candidates:
+            best = best[: config.candidates]
+            mass = self.attention_mass(queries, [self.tokens(block, n_sinks) for block in best], scale)
+            best = [block for _, block in sorted(zip(mass, best, strict=True), reverse=True)]
+        return sorted(best[: config.topk])
+
+    def block_key(self, block: int, n_sinks: int) -> Tensor:
+        """What stands for a block: for each key head the mean of its representatives, or of all its keys."""
+        heads = range(self.k[0].shape[0])
+        if self.config.block_key == "representatives":
+            tokens = self.representatives(block, n_sinks)
+        else:
+            tokens = [list(self.tokens(block, n_sinks)) for _ in heads]
+        return torch.stack([torch.stack([self.k[m][head] for m in tokens[head]]).mean(0) for head in heads])
+
+    def similarity(self, queries: range, key: Tensor) -> float:
+        """sim(X, B) = Σ_i Σ_j q_i·k_{r_j}, summed over heads."""
+        return sum(float(self.shared_query(i, head) @ key[head]) for i in queries for head in range(len(key)))
+
+    def voters(self, queries: range) -> list[Tensor]:
+        """The chunk's queries, runs of neighbours averaged so that there are at most ``max_votes``."""
+        run = math.ceil(len(queries) / self.config.max_votes)
+        runs = [queries[start : start + run] for start in range(0, len(queries), run)]
+        return [torch.stack([self.q[token] for token in tokens]).mean(0) for tokens in runs]
+
+    def votes(self, queries: range, keys: list[Tensor], scale: float) -> list[float]:
+        """Every head of every voter divides one vote among the blocks."""
+        total = torch.zeros(len(keys))
+        for voter in self.voters(queries):
+            for head, q in enumerate(voter):
+                shared = head * len(keys[0]) // len(voter)
+                total += torch.softmax(torch.stack([q @ key[shared] * scale for key in keys]), 0)
+        return [float(score) for score in total]
+
+    def attention_mass(self, queries: range, blocks: list[range], scale: float) -> list[float]:
+        """The same with every key of every block: what attention, among these keys, goes to each block."""
+        tokens = [m for block in blocks for m in block]
+        each = torch.tensor(self.votes(queries, [self.k[m] for m in tokens], scale))
+        return [float(mass) for mass in each.view(len(blocks), -1).sum(1)]
 
     def shared_query(self, token: int, head: int) -> Tensor:
         """The token's query averaged over the query heads that share a key head."""
@@ -117,8 +157,11 @@ class ReferenceLayer:
         for m in far + near:
             # Each pair of query and key is rotated by its own distance: rotating the query alone suffices.
             distance = token - m
-            if m in far and self.config.positions == "one_angle":
-                distance = self.config.n_local
+            if m in far:
+                if self.config.positions == "one_angle":
+                    distance = self.config.n_local
+                else:  # as if far keys and window were one text
+                    distance = token - near_from + len(far) - far.index(m)
             q = self.q[token]
             if self.rotary is not None:
                 q = self.rotary.rotate(q.unsqueeze(1), self.rotary.angles(torch.tensor([distance])))[:, 0]

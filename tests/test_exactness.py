@@ -17,8 +17,17 @@ from infllm_agent.model import LocalModel
 
 TOLERANCE = 1e-4
 LENGTH = 96
-SIZES = {"n_init": 4, "n_local": 10, "block_size": 8, "repr_topk": 2, "topk": 2, "chunk_size": 16}
-PAPER = MemoryConfig(**SIZES, max_cached_block=3)
+SIZES = {"n_init": 4, "n_local": 10, "block_size": 8, "topk": 2, "chunk_size": 16, "max_cached_block": 3}
+PAPER = MemoryConfig.paper(**SIZES, repr_topk=2)
+DEFAULT = MemoryConfig(**SIZES, candidates=4, max_votes=5)
+RULES = {
+    "paper": PAPER,
+    "default": DEFAULT,
+    "one pass": DEFAULT.changed(candidates=0),
+    "mean key": PAPER.changed(block_key="mean"),
+    "one angle": DEFAULT.changed(positions="one_angle"),
+    "votes": PAPER.changed(lookup="votes", max_votes=5),
+}
 
 
 @pytest.fixture(scope="module", params=sorted(ARCHITECTURES))
@@ -54,22 +63,34 @@ def test_equals_full_attention_while_everything_fits(model: LocalModel, ids: lis
     assert (got - full_attention(model, ids)).abs().max() < TOLERANCE
 
 
+@pytest.mark.parametrize("rules", ["paper", "default"])
 @pytest.mark.parametrize("sizes", [(16,), (1, 2, 7, 16)], ids=["chunks", "mixed"])
-def test_equals_the_reference_past_the_window(model: LocalModel, ids: list[int], sizes: tuple[int, ...]) -> None:
-    memory = model.new_memory(PAPER)
+def test_equals_the_reference_past_the_window(
+    model: LocalModel, ids: list[int], sizes: tuple[int, ...], rules: str
+) -> None:
+    config = RULES[rules]
+    memory = model.new_memory(config)
     got = feed(model, memory, ids, sizes)
-    reference = ReferenceMemory(PAPER, {n: (spec.rotary, spec.sliding_window) for n, spec in model.specs.items()})
-    assert memory.store.count > PAPER.topk, "the lookup must have had to choose"
+    reference = ReferenceMemory(config, {n: (spec.rotary, spec.sliding_window) for n, spec in model.specs.items()})
+    assert memory.store.count > config.candidates > 0 or memory.store.count > config.topk, "it must have had to choose"
     assert (got - feed(model, reference, ids, sizes)).abs().max() < TOLERANCE
     # The comparison means something only where the method differs from full attention.
     assert (got - full_attention(model, ids)).abs().max() > 10 * TOLERANCE
 
 
+@pytest.mark.parametrize("rules", sorted(RULES.keys() - {"paper", "default"}))
+def test_each_rule_alone_equals_the_reference(ids: list[int], rules: str) -> None:
+    model, config, sizes = tiny("qwen2"), RULES[rules], (1, 2, 7, 16)
+    got = feed(model, model.new_memory(config), ids, sizes)
+    reference = ReferenceMemory(config, {n: (spec.rotary, spec.sliding_window) for n, spec in model.specs.items()})
+    assert (got - feed(model, reference, ids, sizes)).abs().max() < TOLERANCE
+
+
 @pytest.mark.parametrize("sizes", [(16,), (1, 2, 7, 16)], ids=["chunks", "mixed"])
-def test_all_blocks_at_ordinary_positions_are_full_attention(
+def test_all_blocks_at_contiguous_positions_are_full_attention(
     model: LocalModel, ids: list[int], sizes: tuple[int, ...]
 ) -> None:
-    memory = model.new_memory(PAPER.model_copy(update={"topk": 20, "max_cached_block": 20, "positions": "ordinary"}))
+    memory = model.new_memory(DEFAULT.changed(topk=20, max_cached_block=20, candidates=0))
     got = feed(model, memory, ids, sizes)
     assert memory.store.count > 5
     assert (got - full_attention(model, ids)).abs().max() < TOLERANCE
@@ -79,7 +100,7 @@ def test_long_sessions_slide_without_drift(ids: list[int]) -> None:
     """The window's buffer slides to its front many times; positions must not be lost on the way."""
     model = tiny("llama")
     long = (ids * 12)[:1000]
-    config = PAPER.model_copy(update={"topk": 150, "max_cached_block": 150, "positions": "ordinary"})
+    config = DEFAULT.changed(topk=150, max_cached_block=150, candidates=0)
     got = feed(model, model.new_memory(config), long, (1, 5, 16))
     assert (got - full_attention(model, long)).abs().max() < TOLERANCE
 

@@ -10,9 +10,13 @@ from tiny import tiny
 
 from infllm_agent.config import MemoryConfig
 from infllm_agent.errors import ConfigError
-from infllm_agent.memory import representative_scores
+from infllm_agent.index import BlockIndex
+from infllm_agent.kernels.lookup import representative_scores, voters
+from infllm_agent.memory import ContextMemory
 
-SMALL = MemoryConfig(n_init=4, n_local=10, block_size=8, repr_topk=2, topk=3, chunk_size=16, max_cached_block=4)
+SIZES = {"n_init": 4, "n_local": 10, "block_size": 8, "topk": 3, "chunk_size": 16, "max_cached_block": 4}
+SMALL = MemoryConfig(**SIZES, candidates=6)
+PAPER = MemoryConfig.paper(**SIZES, repr_topk=2)
 
 
 @settings(max_examples=30, deadline=None)
@@ -60,27 +64,94 @@ def test_device_memory_does_not_grow() -> None:
 
 
 def test_the_index_grows_by_doubling() -> None:
-    model = tiny("llama")
-    memory = model.new_memory(SMALL)
-    layer = memory.layers[0]
-    rows = torch.randn(5000, layer.index_rows.shape[1], generator=torch.Generator().manual_seed(0))
+    index = BlockIndex(2, 8, torch.device("cpu"))
+    rows = torch.randn(5000, 2, 8, generator=torch.Generator().manual_seed(0))
     for part in rows.split(7):
-        layer.add_to_index(part)
-    assert torch.equal(layer.index_rows[:5000], rows)
-    assert layer.index_rows.shape[0] == 8192
+        index.append(part)
+    assert torch.equal(index.keys, rows)
+    assert index.device_bytes() == 8192 * 2 * 8 * 4
 
 
-def test_lookup_takes_the_blocks_that_the_queries_ask_for() -> None:
+def test_a_forked_index_and_its_original_grow_apart() -> None:
+    original = BlockIndex(1, 2, torch.device("cpu"))
+    original.append(torch.zeros(3, 1, 2))
+    forks = [original.fork(), original.fork()]
+    original.append(torch.ones(2, 1, 2))
+    for number, fork in enumerate(forks, 2):
+        fork.append(torch.full((1, 1, 2), float(number)))
+    assert original.keys[:, 0, 0].tolist() == [0, 0, 0, 1, 1]
+    assert [fork.keys[:, 0, 0].tolist() for fork in forks] == [[0, 0, 0, 2], [0, 0, 0, 3]]
+
+
+@pytest.mark.parametrize("config", [PAPER, SMALL], ids=["paper", "votes"])
+def test_lookup_takes_the_blocks_that_the_queries_ask_for(config: MemoryConfig) -> None:
     model = tiny("llama")
-    layer = model.new_memory(SMALL).layers[0]
-    kv_heads, dim = layer.spec.kv_heads, layer.spec.head_dim
-    rows = torch.randn(50, kv_heads * dim, generator=torch.Generator().manual_seed(0))
-    layer.add_to_index(rows)
-    query = rows[17].view(kv_heads, dim).repeat_interleave(layer.spec.q_heads // kv_heads, 0)[:, None]
-    chosen = layer.look_up(query.contiguous())
+    memory = model.new_memory(config)
+    layer = memory.layers[0]
+    heads, dim, size = layer.spec.kv_heads, layer.spec.head_dim, config.block_size
+    keys = torch.randn(50, heads, dim, generator=torch.Generator().manual_seed(0))
+    layer.blocks.append(keys)
+    every = keys.unsqueeze(2).expand(-1, -1, size, -1)
+    memory.store.put(memory.store.add(50), layer.index, every, every, keys)
+    query = keys[17].repeat_interleave(layer.spec.q_heads // heads, 0)[:, None].contiguous()
+    chosen = layer.look_up(query, scale=dim**-0.5)
     assert 17 in chosen
-    scores = rows @ rows[17]
-    assert sorted(chosen) == sorted(scores.topk(SMALL.topk).indices.tolist())
+    assert chosen == sorted(chosen)
+    if config is PAPER:
+        raw = keys.flatten(1) @ keys[17].flatten()
+        assert chosen == sorted(raw.topk(config.topk).indices.tolist())
+
+
+def test_the_second_pass_finds_a_key_that_the_mean_hides() -> None:
+    """One key of a block answers the query; the others cancel it out of the block's mean, but not below others'."""
+    model = tiny("llama")
+    config = SMALL.changed(topk=1, candidates=4)
+    memory = model.new_memory(config)
+    layer = memory.layers[0]
+    heads, dim, size = layer.spec.kv_heads, layer.spec.head_dim, config.block_size
+    k = 0.1 * torch.randn(20, heads, size, dim, generator=torch.Generator().manual_seed(0))
+    k[:, :, :, 0] = 0
+    k[9, :, 3, 0], k[9, :, 4:7, 0] = 30, -8  # mean 6 / 8: the second highest
+    k[4, :, :, 0] = 1
+    layer.blocks.append(k.mean(2))
+    memory.store.put(memory.store.add(20), layer.index, k, k, k.mean(2))
+    query = torch.zeros(layer.spec.q_heads, 1, dim)
+    query[..., 0] = 1
+    assert layer.look_up(query, scale=1.0) == [9]
+    layer.config = config.changed(candidates=0)
+    assert layer.look_up(query, scale=1.0) == [4]
+
+
+@settings(max_examples=50, deadline=None)
+@given(n=st.integers(1, 40), most=st.integers(1, 40))
+def test_voters_are_runs_of_neighbours(n: int, most: int) -> None:
+    q = torch.randn(2, n, 3, generator=torch.Generator().manual_seed(0))
+    got = voters(q, most)
+    assert got.shape[1] <= most
+    run = -(-n // most)
+    expected = [q[:, start : start + run].mean(1) for start in range(0, n, run)]
+    torch.testing.assert_close(got, torch.stack(expected, 1))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_a_fork_and_its_original_go_their_own_ways(name: str) -> None:
+    """Each ends as a memory that was never forked, to the bit."""
+    model = tiny(name)
+    past = [token % 90 + 3 for token in range(157)]
+
+    def feed(memory: ContextMemory, ids: list[int]) -> torch.Tensor:
+        return torch.stack([model.forward(ids[start : start + 13], memory) for start in range(0, len(ids), 13)])
+
+    memory = model.new_memory(SMALL)
+    feed(memory, past)
+    fork = memory.fork()
+    second = fork.fork()
+    ways = {7: memory, 11: fork, 19: second}
+    got = {step: feed(memory, [(step * i) % 90 + 3 for i in range(100)]) for step, memory in ways.items()}
+    for step, logits in got.items():
+        alone = model.new_memory(SMALL)
+        feed(alone, past)
+        assert torch.equal(logits, feed(alone, [(step * i) % 90 + 3 for i in range(100)]))
 
 
 def test_a_chunk_longer_than_the_configuration_is_refused() -> None:
@@ -93,7 +164,11 @@ def test_a_chunk_longer_than_the_configuration_is_refused() -> None:
     ("settings_", "message"),
     [
         ({"topk": 40, "max_cached_block": 32}, "topk 40 is more than the cache holds"),
-        ({"repr_topk": 9, "block_size": 8}, "repr_topk 9 is more than block_size 8"),
+        (
+            {"repr_topk": 9, "block_size": 8, "block_key": "representatives"},
+            "repr_topk 9 is more than block_size 8",
+        ),
+        ({"topk": 40, "candidates": 39}, "candidates 39 is fewer than topk 40"),
         ({"n_local": 0}, r"MemoryConfig.n_local = 0: .*greater than or equal to 1"),
         ({"n_locl": 5}, r"MemoryConfig.n_locl"),
         ({"positions": "rope"}, r"MemoryConfig.positions = 'rope'"),
