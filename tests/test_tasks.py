@@ -70,21 +70,19 @@ def _multikey(context: str, asked: str, kind: str) -> str:
 
 
 def _vartrack(context: str, asked: str, kind: str) -> str:
-    assigned = re.findall(r"^VAR (\w+) = (.+)$", context, re.MULTILINE)
-    lines = context.split("\n\n", 1)[1].splitlines()
-    assert len({name for name, _ in assigned[1:]}) == len(assigned[1:]) == sum("VAR" in line for line in lines)
+    assigned = re.findall(r"^VAR (\S+) = (\S+)$", context, re.MULTILINE)
     variables = dict(assigned)
-    value = "VAR " + re.findall(r"VAR (\w+)", asked)[0]
-    hops = 0
-    while value.startswith("VAR "):
-        value = variables[value[4:]]
+    assert len(variables) == len(assigned)
+    value, hops = re.findall(r"VAR (\S+) =$", asked)[0], 0
+    while not value.isdigit():
+        value = variables[value]
         hops += 1
-    assert hops == 3
+    assert hops == 2
     return value
 
 
 def _agentlog(context: str, asked: str, kind: str) -> str:
-    log = re.findall(r"^\[(.+?)\] \w+: (.+)\.$", context, re.MULTILINE)
+    log = re.findall(r"^\[(.+?)\] \w+: (.+?)\.?$", context, re.MULTILINE)
     assert all(before < after for (before, _), (after, _) in pairwise(log))
     first = asked.strip().split("\n")[0].removeprefix("Question: ")
 
@@ -96,11 +94,11 @@ def _agentlog(context: str, asked: str, kind: str) -> str:
     if match := re.fullmatch(r"Which ticket was opened to (.+)\?", first):
         return _only(found(rf"The ticket to {match[1]} is (OPS-\d+)"))
     if match := re.fullmatch(r"What is (\S+) now, after all changes\?", first):
-        return found(rf"{re.escape(match[1])} is now (\d+)")[-1]
-    if match := re.fullmatch(r"What was (\S+) at (.+)\?", first):
-        known = [said for time, said in log if time < match[2] and said.startswith(f"{match[1]} is now")]
-        assert known[-1] not in [said for time, said in log if time >= match[2]]
-        return known[-1].split()[-1]
+        return found(rf"{re.escape(match[1])}=(\d+)")[-1]
+    if match := re.fullmatch(r"What was (\S+) set to at (.+)\?", first):
+        known = [said for time, said in log if time <= match[2] and said.startswith(f"{match[1]}=")]
+        assert known[-1] not in [said for time, said in log if time > match[2]]
+        return known[-1].split("=")[-1]
     if match := re.fullmatch(r"How many times did the backup of (\S+) fail\?", first):
         return str(Counter(said for _, said in log)[f"The backup of {match[1]} failed"])
     raise AssertionError(first)
@@ -119,7 +117,7 @@ ORACLES = {
 
 
 @pytest.mark.parametrize("task", TASKS)
-@settings(max_examples=5)
+@settings(max_examples=5, deadline=None)
 @given(seed=st.integers(0, 1000))
 def test_every_answer_is_what_the_text_says(task: str, seed: int) -> None:
     questions = 1 if task == "multiturn" else 10
@@ -135,7 +133,7 @@ def test_every_answer_is_what_the_text_says(task: str, seed: int) -> None:
 
 
 @pytest.mark.parametrize("task", TASKS)
-@settings(max_examples=5)
+@settings(max_examples=5, deadline=None)
 @given(lengths=st.lists(st.integers(2500, 9000), min_size=1, max_size=3, unique=True), seed=st.integers(0, 100))
 def test_contexts_keep_just_below_their_lengths(task: str, lengths: list[int], seed: int) -> None:
     for haystack in draw(task, lengths, 1, 4, seed, quarters):
@@ -146,7 +144,7 @@ def test_contexts_keep_just_below_their_lengths(task: str, lengths: list[int], s
                 sum(quarters(question.text) + question.answer_tokens for question in round_)
                 for round_ in stretch.rounds
             )
-            assert 0.9 * stretch.tokens < quarters(context) + longest <= stretch.tokens
+            assert 0.85 * stretch.tokens < quarters(context) + longest <= stretch.tokens
 
 
 @pytest.mark.parametrize("task", TASKS)

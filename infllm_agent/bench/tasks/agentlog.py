@@ -6,7 +6,6 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timedelta
-from itertools import pairwise
 
 from infllm_agent.bench.haystack import Question
 from infllm_agent.bench.tasks.growing import Growing, Record
@@ -83,7 +82,7 @@ class _Writer:
         while (value := str(rng.randint(100, 9999))) in values:
             pass
         values.append(value)
-        return self._record(f"config: {subject} is now {value}.", "setting", subject, value)
+        return self._record(f"config: {subject}={value}", "setting", subject, value)
 
     def _backup(self) -> Record:
         rng = self._rng
@@ -122,7 +121,7 @@ def ask(stated: Sequence[Record]) -> list[Question]:
             questions.append(_how_many(about))
         elif len(about) > 1:  # a setting that was changed
             questions.append(_last_value(about[-1]))
-            questions += [_value_as_of(*pair) for pair in pairwise(about)]
+            questions += [_value_as_of(change) for change in about[:-1]]
     return questions
 
 
@@ -144,17 +143,19 @@ def _which_id(opened: Record) -> Question:
 
 def _last_value(last: Record) -> Question:
     what = last.subject
-    return _question(
-        f"What is {what} now, after all changes?", f"{what} is now", last.value, last.depth, 8, "last value"
-    )
+    return _question(f"What is {what} now, after all changes?", f"{what}=", last.value, last.depth, 8, "last value")
 
 
-def _value_as_of(before: Record, after: Record) -> Question:
-    """A moment halfway between two changes, so that neither is near enough to be taken for it by its time alone."""
-    what = before.subject
-    moment = f"{before.time + (after.time - before.time) / 2:%Y-%m-%d %H:%M}"
+def _value_as_of(change: Record) -> Question:
+    """As of the minute in which it was set; before and after, it had other values."""
+    what, moment = change.subject, f"{change.time:%Y-%m-%d %H:%M}"
     return _question(
-        f"What was {what} at {moment}?", f"At {moment}, {what} was", before.value, before.depth, 8, "value as of a time"
+        f"What was {what} set to at {moment}?",
+        f"[{moment}] config: {what}=",
+        change.value,
+        change.depth,
+        8,
+        "value as of a time",
     )
 
 
