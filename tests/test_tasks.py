@@ -60,7 +60,7 @@ def _kv(context: str, asked: str, kind: str) -> str:
 
 
 def _lines(context: str, asked: str, kind: str) -> str:
-    name = re.findall(r"line ([a-z-]+)", asked)[0]
+    (name,) = re.findall(r"^line ([a-z-]+):", asked, re.MULTILINE)
     return _only(re.findall(rf"^line {name}: REGISTER_CONTENT is <(\d+)>$", context, re.MULTILINE))
 
 

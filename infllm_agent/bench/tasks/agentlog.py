@@ -147,7 +147,7 @@ def _last_value(last: Record) -> Question:
 
 
 def _value_as_of(change: Record) -> Question:
-    """As of the minute in which it was set; before and after, it had other values."""
+    """As of the minute in which it was set; it has another value since."""
     what, moment = change.subject, f"{change.time:%Y-%m-%d %H:%M}"
     return _question(
         f"What was {what} set to at {moment}?",

@@ -36,9 +36,11 @@ def _lines_records(rng: random.Random) -> Iterator[Record]:
 
 
 def _lines_ask(lines: Sequence[Record]) -> list[Question]:
+    """Without LongChat's question, "what is the REGISTER_CONTENT in line ...?": a small model answers with another
+    line's number more often when those words stand between the lines and the answer."""
     return [
         Question(
-            f"\nWhat is the REGISTER_CONTENT in line {line.subject}?\nline {line.subject}: REGISTER_CONTENT is <",
+            f"\nRepeat the line of this name:\nline {line.subject}: REGISTER_CONTENT is <",
             line.value,
             line.depth,
             answer_tokens=8,
@@ -79,7 +81,7 @@ LINES = Growing(
     about="named lines with a number each (LongChat)",
     head=(
         "Below is a record of lines I want you to remember. Each line begins with 'line <line name>' and contains a "
-        "'<REGISTER_CONTENT>' as a number. I will ask you for the number in a certain line.\n\n"
+        "'<REGISTER_CONTENT>' as a number. I will ask you to repeat a certain line.\n\n"
     ),
     records=_lines_records,
     ask=_lines_ask,
