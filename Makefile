@@ -33,7 +33,7 @@ types: $(STAMP)  ## check types
 bench: $(STAMP)  ## measure retrieval and speed; results in bench-results/
 	mkdir -p bench-results
 	$(BIN)/infllm-agent bench retrieval --task passkey --tokens 16384 --method infllm,truncate \
-		--json bench-results/retrieval.json
+		--json bench-results/retrieval.json --plot bench-results
 	$(BIN)/infllm-agent bench speed --histories 2048,16384 --systems infllm,plain --json bench-results/speed.json
 
 picture: $(STAMP)  ## draw docs/demo.svg from a real run of the demo

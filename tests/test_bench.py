@@ -115,11 +115,10 @@ def test_full_is_what_transformers_generates(model: LocalModel) -> None:
     assert reader.ask((one, two)) == [model.tokenizer.decode(written), model.tokenizer.decode(more)]
 
 
-def test_full_in_pieces_is_full_in_one(model: LocalModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_in_pieces_is_full_in_one(model: LocalModel) -> None:
     ids = list(range(5, 205))
     whole = FullContext(model).feed(ids)
-    monkeypatch.setattr("infllm_agent.bench.readers.PIECE", 32)
-    context = FullContext(model)
+    context = FullContext(model, piece=32)
     torch.testing.assert_close(context.feed(ids), whole, atol=1e-3, rtol=1e-3)
     assert context.attended_keys == 200
 
@@ -308,6 +307,17 @@ def test_the_command(cli: Any, tmp_path: Path) -> None:
     assert json.loads(out.read_text()) == rows
     assert "8 of 8 rounds of questions are answered already" in again.err
     assert without_times(cli(*command, "--json", "-").json) == without_times(rows)
+
+
+def test_an_interrupted_command_says_how_to_go_on(cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("infllm_agent.bench.retrieval.run", interrupted)
+    out = tmp_path / "out.json"
+    done = cli("bench", "retrieval", "--tokens", "900", "--model", str(cli.model), "--json", str(out))
+    assert done.error == f"interrupted: the same command goes on from {tmp_path / 'out.answers.jsonl'}"
+    assert not out.exists()
 
 
 @pytest.mark.parametrize(

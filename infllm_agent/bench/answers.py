@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-import infllm_agent
 from infllm_agent.bench.haystack import Haystack
 from infllm_agent.bench.methods import Method
 from infllm_agent.bench.readers import Rate
@@ -137,8 +136,9 @@ def digest_of(model: LocalModel, method: Method, haystack: Haystack) -> str:
 
 
 def _code() -> str:
-    package = Path(infllm_agent.__file__).parent
+    package = Path(__file__).parent.parent
     digest = hashlib.sha256()
-    for path in [package / f"{name}.py" for name in CODE] + sorted((package / "kernels").glob("*.py")):
+    kernels = [path for path in sorted((package / "kernels").glob("*.py")) if path.stem != "reference"]
+    for path in [package / f"{name}.py" for name in CODE] + kernels:
         digest.update(path.read_bytes())
     return digest.hexdigest()

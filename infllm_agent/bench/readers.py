@@ -34,8 +34,12 @@ ROOM_STEP = 128
 class Context(Protocol):
     """A text that grows token by token."""
 
-    def feed(self, ids: Sequence[int]) -> Tensor:
-        """Take tokens in, at least one; the logits (vocab,) float32 after the last."""
+    def feed(self, ids: Sequence[int], *, question: bool = False) -> Tensor:
+        """Take tokens in, at least one; the logits (vocab,) float32 after the last.
+
+        Args:
+            question: an answer is to follow.
+        """
 
     def branch(self) -> AbstractContextManager[Context]:
         """A context that goes on from here. While it is in use this one may not be; afterwards this is as it was."""
@@ -56,10 +60,11 @@ class MemoryContext:
     def empty(cls, model: LocalModel, config: MemoryConfig) -> MemoryContext:
         return cls(model, model.new_memory(config))
 
-    def feed(self, ids: Sequence[int]) -> Tensor:
-        memory, size = self.memory, self.memory.config.chunk_size
-        for start in range(0, len(ids), size):
+    def feed(self, ids: Sequence[int], *, question: bool = False) -> Tensor:
+        memory, start = self.memory, 0
+        for size in memory.config.chunks(len(ids), before_answer=question):
             chunk = ids[start : start + size]
+            start += size
             near = memory.length - memory.first_window_token + len(chunk)
             sinks = memory.n_sinks
             logits = self.model.forward(chunk, memory)
@@ -77,17 +82,21 @@ class MemoryContext:
 
 
 class FullContext:
-    """transformers' own attention over everything, with its ordinary cache."""
+    """transformers' own attention over everything, with its ordinary cache.
 
-    def __init__(self, model: LocalModel) -> None:
-        self.model = model
+    Args:
+        piece: tokens that go through the model at once. All at once is faster, and takes memory without bound.
+    """
+
+    def __init__(self, model: LocalModel, piece: int = PIECE) -> None:
+        self.model, self.piece = model, piece
         self._cache = DynamicCache()
 
     @torch.inference_mode()
-    def feed(self, ids: Sequence[int]) -> Tensor:
+    def feed(self, ids: Sequence[int], *, question: bool = False) -> Tensor:
         with self.model.detached("sdpa") as plain:
-            for start in range(0, len(ids), PIECE):
-                rows = torch.tensor([list(ids[start : start + PIECE])], device=self.model.device)
+            for start in range(0, len(ids), self.piece):
+                rows = torch.tensor([list(ids[start : start + self.piece])], device=self.model.device)
                 out = plain(input_ids=rows, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
         return out.logits[0, -1].float()  # type: ignore[no-any-return]
 
@@ -178,7 +187,7 @@ class Reader(ABC):
         Returns:
             What was written, and the part of it that is not in the context yet.
         """
-        logits = context.feed(ids)
+        logits = context.feed(ids, question=True)
         self.attended_keys = max(self.attended_keys, context.attended_keys)
         written: list[int] = []
         pending: list[int] = []  # an end of a line is not fed: the next question begins a line of its own

@@ -25,7 +25,7 @@ def _infllm(model: LocalModel, config: MemoryConfig) -> Context:
 
 
 def _plain(model: LocalModel, config: MemoryConfig) -> Context:
-    return FullContext(model)
+    return FullContext(model, piece=2**30)  # all at once, at its fastest
 
 
 SYSTEMS: dict[str, Callable[[LocalModel, MemoryConfig], Context]] = {"infllm": _infllm, "plain": _plain}
