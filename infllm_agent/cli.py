@@ -254,7 +254,7 @@ def _open_session(
     model = LocalModel.load(where.model, device=where.device, dtype=where.dtype, progress=note)
     config = None
     if settings:
-        config = (MemoryConfig(**stored) if stored else model.default_memory()).changed(**settings)
+        config = (MemoryConfig.from_record(stored) if stored else model.default_memory()).changed(**settings)
     with Interrupts() as interrupts, AgentRuntime(where.root, model, config) as runtime:
         session = runtime.session(name)
         session.cancelled = interrupts

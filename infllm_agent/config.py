@@ -66,10 +66,14 @@ class MemoryConfig(Settings):
     )
     max_votes: int = Field(32, ge=1, description="queries of a chunk that vote; neighbours are averaged to so many")
     candidates: int = Field(
-        128, ge=0, description="blocks whose exact keys a second pass compares to choose topk of them; 0: no such pass"
+        192, ge=0, description="blocks whose exact keys a second pass compares to choose topk of them; 0: no such pass"
     )
     topk: int = Field(64, ge=0, description="blocks looked up for each chunk, in each layer")
     chunk_size: int = Field(512, ge=1, description="execution chunk: most tokens that go through the model at once")
+    question_chunk: int = Field(
+        16, ge=1, description="execution chunk of the last tokens before an answer: so few, that each has its say"
+    )
+    question_tail: int = Field(64, ge=0, description="how many of the last tokens before an answer go in such chunks")
     max_cached_block: int = Field(256, ge=0, description="blocks kept on the device per layer (LRU)")
     positions: Positions = Field(
         "contiguous",
@@ -101,8 +105,20 @@ class MemoryConfig(Settings):
             block_key="representatives",
             lookup="similarity",
             candidates=0,
+            question_tail=0,
             positions="one_angle",
         )
+
+    @classmethod
+    def from_record(cls, stored: dict[str, Any]) -> MemoryConfig:
+        """The configuration that a stored session was made with; rules that it does not name yet are the paper's."""
+        before_there_was_a_choice = {
+            "block_key": "representatives",
+            "lookup": "similarity",
+            "candidates": 0,
+            "question_tail": 0,
+        }
+        return cls(**{**before_there_was_a_choice, **stored})
 
     def under_paper_rules(self) -> MemoryConfig:
         """The paper's rules at this configuration's budget: the same sinks and window, and as many looked-up keys in
@@ -123,6 +139,15 @@ class MemoryConfig(Settings):
         """A copy with some fields changed, validated like any other."""
         return MemoryConfig(**{**self.model_dump(), **fields})
 
+    def chunks(self, n: int, *, before_answer: bool = False) -> list[int]:
+        """The sizes of the execution chunks in which ``n`` tokens go through the model.
+
+        The mean of a long chunk's queries asks for what the whole chunk is about. Before an answer the last tokens,
+        where the question stands, go in small chunks that look up on their own.
+        """
+        tail = min(n, self.question_tail) if before_answer else 0
+        return [*_parts(n - tail, self.chunk_size), *_parts(tail, min(self.question_chunk, self.chunk_size))]
+
     @property
     def window_capacity(self) -> int:
         """Most tokens at true positions at once: the window, a block (or the sinks) not yet evicted, and a chunk."""
@@ -132,6 +157,10 @@ class MemoryConfig(Settings):
     def attended_keys(self) -> int:
         """Most keys any query attends to."""
         return self.n_init + self.topk * self.block_size + self.window_capacity
+
+
+def _parts(n: int, size: int) -> list[int]:
+    return [min(size, n - start) for start in range(0, n, size)]
 
 
 class SamplingConfig(Settings):

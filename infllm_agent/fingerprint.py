@@ -27,7 +27,8 @@ def fingerprint(model: LocalModel, chat: ChatFormat, config: MemoryConfig) -> di
 
 def check_fingerprint(name: str, stored: dict[str, Any], current: dict[str, Any]) -> None:
     """Raise SessionMismatch, naming the first field that differs. The model's name may: its weights decide."""
-    stored, current = _flat(stored), _flat(json.loads(json.dumps(current)))
+    memory = MemoryConfig.from_record(stored["memory"]).model_dump()
+    stored, current = _flat({**stored, "memory": memory}), _flat(json.loads(json.dumps(current)))
     for field in sorted(stored.keys() | current.keys()):
         if field != "model" and stored.get(field) != current.get(field):
             raise SessionMismatch(

@@ -76,7 +76,7 @@ class AgentRuntime:
             store = SessionStore.open_or_create(self.root, name, fingerprint(self.model, self.chat, config))
             try:
                 if self.memory is None:
-                    config = MemoryConfig(**store.fingerprint["memory"])
+                    config = MemoryConfig.from_record(store.fingerprint["memory"])
                 check_fingerprint(name, store.fingerprint, fingerprint(self.model, self.chat, config))
                 session = Session(self.model, self.chat, config, store)
             except BaseException:

@@ -252,7 +252,7 @@ class Session:
                 self._feed(max(0, self._last_start - self.memory.length))
                 self._take(self.chat.generation_prompt() + self.chat.encoder.encode_text(prefix))
                 self.memory.recorder = trace  # the first token of the answer is decided by the last of the question
-                logits = self._feed(len(self._pending))
+                logits = self._feed(len(self._pending), before_answer=True)
         except BaseException:
             self.memory.recorder = None
             self._generating = False
@@ -417,13 +417,13 @@ class Session:
         self._last_start = start
         return message
 
-    def _feed(self, count: int) -> Tensor | None:
+    def _feed(self, count: int, *, before_answer: bool = False) -> Tensor | None:
         """Put the first ``count`` waiting tokens through the model, chunk by chunk; the logits after the last."""
         logits = None
-        while count > 0:
+        for size in self.config.chunks(count, before_answer=before_answer):
             if count > 1 and self.cancelled():
                 raise Cancelled(f'session "{self.name}": stopped with {len(self._pending)} tokens still to ingest')
-            chunk = list(islice(self._pending, min(count, self.config.chunk_size)))
+            chunk = list(islice(self._pending, size))
             start = self.memory.length
             try:
                 logits = self.model.forward(chunk, self.memory)
@@ -434,7 +434,6 @@ class Session:
             for _ in chunk:
                 self._pending.popleft()
             self._new_chunks.append((start, len(chunk)))
-            count -= len(chunk)
         return logits
 
     def _disk_bytes(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -50,11 +51,12 @@ class Rotary:
 
 
 class RotaryTable:
-    """The angles of positions 0 .. length - 1, computed once."""
+    """The angles of positions 0 .. length - 1, computed once for all layers and sessions that rotate alike."""
 
     def __init__(self, rotary: Rotary, length: int, device: torch.device) -> None:
         self.rotary = rotary
-        self._cos, self._sin = rotary.angles(torch.arange(length, device=device))
+        frequencies = rotary.inv_freq.cpu().numpy()
+        self._cos, self._sin = _angles(frequencies.tobytes(), frequencies.dtype.name, length, device)
 
     def rotate(self, x: Tensor, start: int) -> Tensor:
         """Rotate ``x`` (..., n, head_dim) as positions ``start .. start + n - 1``."""
@@ -66,3 +68,9 @@ class RotaryTable:
     def rotate_all_to(self, x: Tensor, position: int) -> Tensor:
         """Rotate every row of ``x`` (..., n, head_dim) by the one angle of ``position``."""
         return self.rotary.rotate(x, (self._cos[position : position + 1], self._sin[position : position + 1]))
+
+
+@lru_cache(maxsize=32)
+def _angles(inv_freq: bytes, dtype: str, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    frequencies = torch.frombuffer(bytearray(inv_freq), dtype=getattr(torch, dtype))
+    return Rotary(frequencies, interleaved=False).angles(torch.arange(length, device=device))

@@ -67,7 +67,7 @@ def test_bad_usage(cli, arguments, says):
     [
         (["--n-local", "100000"], USAGE, "window"),
         (["--topk", "33", "--max-cached-block", "32"], USAGE, "max_cached_block 32"),
-        (["--repr-topk", "999"], USAGE, "repr_topk 999"),
+        (["--candidates", "1"], USAGE, "candidates 1 is fewer"),
         (["--device", "toaster"], USAGE, '"toaster"'),
         (["--dtype", "float7"], USAGE, '"float7"'),
         (["--model", "./no-such-folder"], FAILED, '"./no-such-folder" not found'),

@@ -180,6 +180,32 @@ def test_settings_that_cannot_work_cannot_be_built(settings_: dict[str, object],
     assert "\n" not in str(error.value)
 
 
+@settings(max_examples=100, deadline=None)
+@given(n=st.integers(1, 200), chunk=st.integers(1, 50), question=st.integers(1, 60), tail=st.integers(0, 90))
+def test_chunks_cover_all_and_end_small(n: int, chunk: int, question: int, tail: int) -> None:
+    config = SMALL.changed(chunk_size=chunk, question_chunk=question, question_tail=tail)
+    sizes = config.chunks(n, before_answer=True)
+    assert sum(sizes) == n == sum(config.chunks(n))
+    assert max(sizes) <= chunk
+    assert max(config.chunks(n)) == min(n, chunk)
+    if tail >= n:
+        assert max(sizes) <= question
+
+
+def test_a_record_from_before_the_rules_could_be_chosen_means_the_papers() -> None:
+    record = {"n_init": 4, "n_local": 10, "block_size": 8, "repr_topk": 2, "topk": 3, "chunk_size": 16}
+    record |= {"max_cached_block": 4, "positions": "one_angle"}
+    assert MemoryConfig.from_record(record) == PAPER
+    assert MemoryConfig.from_record(SMALL.model_dump()) == SMALL
+
+
+def test_the_papers_rules_at_another_configurations_budget() -> None:
+    paper = MemoryConfig().under_paper_rules()
+    assert (paper.block_size, paper.topk) == (64, 16)
+    assert paper.topk * paper.block_size == MemoryConfig().topk * MemoryConfig().block_size
+    assert paper == MemoryConfig.paper(**paper.model_dump(include=set(SIZES) | {"repr_topk"}))
+
+
 def test_settings_are_frozen() -> None:
     with pytest.raises(Exception, match="frozen"):
         SMALL.topk = 5  # type: ignore[misc]

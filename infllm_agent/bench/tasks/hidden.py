@@ -14,7 +14,9 @@ _HEAD = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. "
     "I will quiz you about the important information there.\n"
 )
-_QUESTION = "\nWhat is the pass key? The pass key is"
+# Ends so that the small packaged model, with full attention, begins with a digit: "What is the pass key? The pass
+# key is" leaves it undecided between the number and "a magical key ..." (0.37 against 0.73 for the first digit).
+_QUESTION = "\nQuestion: which number is the pass key?\nAnswer: The pass key is"
 #: A tokenizer may join the end of one sentence and the begin of the next: the filler's size is that of many.
 _MANY = 64
 
