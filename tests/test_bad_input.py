@@ -33,7 +33,7 @@ def test_unknown_session_names_those_there_are(cli):
         (["ask", "ops", "why?", "--colour", "red"], "--colour"),
         (["ask", "ops", "why?", "--topk", "many"], "'many'"),
         (["ask", "ops", "why?", "--topk", "-1"], "'-1'"),
-        (["ask", "ops", "why?", "--positions", "upside-down"], "'one_angle', 'ordinary'"),
+        (["ask", "ops", "why?", "--positions", "upside-down"], "'one_angle', 'contiguous'"),
         (["ask", "ops", "why?", "--top-p", "7"], "top_p = 7.0"),
         (["ask", "ops", "why?", "--temperature", "nan"], "temperature"),
         (["ask", "ops", "why?", "--stop", ""], "stop sequence"),
