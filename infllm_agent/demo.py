@@ -25,7 +25,6 @@ from infllm_agent.bench.machine import peak_rss_mb
 from infllm_agent.bench.oplog import Event, Fact, generate, matches
 from infllm_agent.bench.readers import FullContext
 from infllm_agent.chat import ChatFormat
-from infllm_agent.config import MemoryConfig
 from infllm_agent.errors import InfLLMError
 from infllm_agent.model import LocalModel
 from infllm_agent.records import Message
@@ -35,8 +34,6 @@ from infllm_agent.session import Session
 SESSION = "demo"
 TOKENS = 26_000
 SEED = 7
-#: More and smaller blocks than the default: the log's facts are a sentence long.
-MEMORY = MemoryConfig(n_init=64, n_local=512, block_size=32, topk=48, max_cached_block=96)
 #: Both methods stop an answer here or at the end of its first line.
 MAX_TOKENS = 32
 #: Messages of the log that the display names for each answer.
@@ -84,7 +81,7 @@ def run(
         InfLLMError: the model cannot be loaded, ``root`` holds a demo already, or the restarted process failed.
     """
     began = time.perf_counter()
-    with AgentRuntime.open(root, model, MEMORY, progress=console.print) as runtime:
+    with AgentRuntime.open(root, model, progress=console.print) as runtime:
         session = runtime.session(SESSION)
         if session.message_count:
             raise InfLLMError(f"{root} holds a session called {SESSION} already: give the demo an empty folder")
@@ -250,7 +247,7 @@ def _restart(root: Path, model: str, tokens: int, seed: int) -> dict[str, Any]:
 def after_restart(root: Path, model: str, tokens: int, seed: int) -> dict[str, Any]:
     """What the new process does: open the session as it was left, and ask."""
     began = time.perf_counter()
-    with AgentRuntime.open(root, model, MEMORY) as runtime:
+    with AgentRuntime.open(root, model) as runtime:
         loaded = time.perf_counter()
         session = runtime.session(SESSION)
         opened = time.perf_counter()
