@@ -6,6 +6,7 @@ import json
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from infllm_agent.bench import plots, rag
-from infllm_agent.bench.answers import CODE
+from infllm_agent.bench.answers import MEMORY_CODE, READER_CODE, meaning
 from infllm_agent.bench.haystack import Haystack, Question, Stretch
 from infllm_agent.bench.methods import METHODS, Method, Needs, prepare
 from infllm_agent.bench.rag import CHUNK, RagReader
@@ -216,7 +217,7 @@ def test_a_stopped_measurement_goes_on_as_if_it_had_not_been(
     if stopped_after > 1:
         assert seen[0] == stopped_after - 1
 
-    never = [Method(m.name, pytest.fail, m.settings, m.shown) for m in methods]
+    never = [replace(method, new_reader=pytest.fail) for method in methods]
     assert measure(model, never, HAYSTACKS, file) == again
 
 
@@ -237,7 +238,14 @@ def test_the_digest_covers_all_code_that_answers_come_from() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     loaded = {name.removeprefix("infllm_agent.").replace(".", "/") for name in done.stdout.split()}
     beside = {"bench", "bench/haystack", "errors", "hub", "kernels"}
-    assert {name for name in loaded - beside if not name.startswith("kernels/")} == set(CODE)
+    assert {name for name in loaded - beside if not name.startswith("kernels/")} == {*MEMORY_CODE, *READER_CODE}
+
+
+def test_the_digest_sees_what_code_does_and_not_how_it_is_worded() -> None:
+    source = 'def f(x: int) -> int:\n    """Twice."""\n    return 2 * x\n'
+    reworded = '"""A module."""\n\ndef f(x: int) -> int:\n    """The double."""\n    # so\n    return (2 * x)\n'
+    assert meaning(source) == meaning(reworded)
+    assert meaning(source) != meaning(source.replace("2 * x", "3 * x"))
 
 
 def test_a_file_that_holds_something_else_is_left_alone(model: LocalModel, tmp_path: Path) -> None:

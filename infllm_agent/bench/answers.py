@@ -6,6 +6,7 @@ text and the questions, the model, the method's settings, the code), so that ans
 
 from __future__ import annotations
 
+import ast
 import fcntl
 import hashlib
 import json
@@ -22,11 +23,9 @@ from infllm_agent.bench.readers import Rate
 from infllm_agent.errors import StorageError
 from infllm_agent.model import LocalModel
 
-#: The sources that decide what is answered; a change of any makes earlier answers void.
-CODE = (
-    *("attention", "blockfile", "blocks", "config", "index", "layers", "memory", "model", "probe", "window"),
-    *("bench/rag", "bench/readers"),
-)
+#: The sources that decide what is answered; a change of what they do makes earlier answers void.
+READER_CODE = ("bench/rag", "bench/readers")
+MEMORY_CODE = ("attention", "blockfile", "blocks", "config", "index", "layers", "memory", "model", "probe", "window")
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,7 @@ class Answers:
 def digest_of(model: LocalModel, method: Method, haystack: Haystack) -> str:
     """A fingerprint of everything that the answers to a haystack depend on."""
     parts = [
-        _code(),
+        _code(memory=method.uses_memory),
         model.digest(),
         str(model.dtype),
         model.device.type,
@@ -135,10 +134,23 @@ def digest_of(model: LocalModel, method: Method, haystack: Haystack) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
-def _code() -> str:
+def _code(*, memory: bool) -> str:
     package = Path(__file__).parent.parent
+    paths = [package / f"{name}.py" for name in READER_CODE]
+    if memory:
+        paths += [package / f"{name}.py" for name in MEMORY_CODE]
+        paths += [path for path in sorted((package / "kernels").glob("*.py")) if path.stem != "reference"]
     digest = hashlib.sha256()
-    kernels = [path for path in sorted((package / "kernels").glob("*.py")) if path.stem != "reference"]
-    for path in [package / f"{name}.py" for name in CODE] + kernels:
-        digest.update(path.read_bytes())
+    for path in paths:
+        digest.update(meaning(path.read_text("utf-8")).encode())
     return digest.hexdigest()
+
+
+def meaning(source: str) -> str:
+    """The syntax tree without docstrings: what is left when wording, comments and layout are taken away."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        match getattr(node, "body", None):
+            case [ast.Expr(value=ast.Constant()), *_] as body:
+                del body[0]
+    return ast.dump(tree)

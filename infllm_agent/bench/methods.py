@@ -38,12 +38,14 @@ class Method:
         new_reader: makes a reader that has read nothing yet.
         settings: all that its answers depend on, beside model and text.
         shown: the settings worth a reader's attention.
+        uses_memory: whether its answers depend on this project's memory, or only on the model.
     """
 
     name: str
     new_reader: Callable[[], Reader]
     settings: dict[str, Any]
     shown: dict[str, Any] = field(default_factory=dict)
+    uses_memory: bool = False
 
 
 def prepare(name: str, model: LocalModel, config: MemoryConfig, needs: Needs) -> Method:
@@ -69,7 +71,9 @@ def _memory(name: str, model: LocalModel, config: MemoryConfig) -> Method:
     defaults = MemoryConfig().model_dump()
     settings = config.model_dump()
     changed = {key: value for key, value in settings.items() if value != defaults[key]}
-    return Method(name, lambda: WholeReader(model, MemoryContext.empty(model, config)), settings, changed)
+    return Method(
+        name, lambda: WholeReader(model, MemoryContext.empty(model, config)), settings, changed, uses_memory=True
+    )
 
 
 def _infllm(model: LocalModel, config: MemoryConfig, needs: Needs) -> Method:
