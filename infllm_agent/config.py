@@ -66,7 +66,7 @@ class MemoryConfig(Settings):
     )
     max_votes: int = Field(32, ge=1, description="queries of a chunk that vote; neighbours are averaged to so many")
     candidates: int = Field(
-        192, ge=0, description="blocks whose exact keys a second pass compares to choose topk of them; 0: no such pass"
+        384, ge=0, description="blocks whose exact keys a second pass compares to choose topk of them; 0: no such pass"
     )
     topk: int = Field(64, ge=0, description="blocks looked up for each chunk, in each layer")
     chunk_size: int = Field(512, ge=1, description="execution chunk: most tokens that go through the model at once")
