@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,11 +67,12 @@ class BlockStore:
             CorruptSession: the stored bytes fail their checksum.
         """
         records, index = self._locate(block)
-        self._verify(records, block, index, layer)
+        self._verify(records, index, block, layer)
         return records.kv[index, layer, 0], records.kv[index, layer, 1]
 
     def keys(self, blocks: Sequence[int], layer: int) -> Tensor:
-        """Keys (kv_heads, len(blocks), block_size, head_dim) of one layer's ``blocks``, copied together on the CPU.
+        """Keys (kv_heads, len(blocks), block_size, head_dim) of one layer's ``blocks``, ascending, copied together on
+        the CPU.
 
         Raises:
             CorruptSession: the stored bytes fail their checksum.
@@ -78,17 +80,17 @@ class BlockStore:
         shape = self.shape
         size = (len(blocks), shape.kv_heads, shape.block_size, shape.head_dim)
         keys = torch.empty(size, dtype=shape.torch_dtype, pin_memory=self._pin)
-        wanted = np.asarray(blocks)
-        segments = np.searchsorted(self._bases, wanted, side="right") - 1
-        for segment in np.unique(segments):
-            records, places = self._segments[segment], np.flatnonzero(segments == segment)
-            inside = wanted[places] - self._bases[segment]
-            for block, index in zip(wanted[places].tolist(), inside.tolist(), strict=True):
-                self._verify(records, block, index, layer)
-            keys[torch.from_numpy(places)] = records.kv[torch.from_numpy(inside), layer, 0]
+        if self._unverified:
+            for block in blocks:
+                self._verify(*self._locate(block), block, layer)
+        wanted = torch.tensor(blocks)
+        edges = np.searchsorted(blocks, [*self._bases, self.count]).tolist()
+        for records, base, (start, stop) in zip(self._segments, self._bases, pairwise(edges), strict=True):
+            if start < stop:
+                torch.index_select(records.kv[:, layer, 0], 0, wanted[start:stop] - base, out=keys[start:stop])
         return keys.transpose(0, 1)
 
-    def _verify(self, records: Records, block: int, index: int, layer: int) -> None:
+    def _verify(self, records: Records, index: int, block: int, layer: int) -> None:
         if (block, layer) not in self._unverified:
             return
         if not records.verify_layer(index, layer):
@@ -130,15 +132,13 @@ class BlockStore:
         self.count = self.mapped = count
 
     def fork(self) -> BlockStore:
-        """An independent store with the same blocks. They are shared, but for those of a last segment that has room."""
+        """An independent store with the same blocks. Nothing is copied; the fork's own blocks go to new segments."""
         fork = BlockStore(self.shape, pin=self._pin)
         fork._segments, fork._bases = list(self._segments), list(self._bases)
         fork._folder, fork._unverified = self._folder, set(self._unverified)
         fork.count, fork.mapped = self.count, self.mapped
-        if self._segments and self.count < self._bases[-1] + self._segments[-1].count:
-            used = self.count - self._bases[-1]
-            fork._segments[-1] = Records.empty(self.shape, self._segments[-1].count, pin=self._pin)
-            fork._segments[-1].bytes[:used] = self._segments[-1].bytes[:used]
+        if self._segments:  # what room the last one has is the original's
+            fork._segments[-1] = Records(self.shape, self._segments[-1].bytes[: self.count - self._bases[-1]].view(-1))
         return fork
 
     def host_bytes(self) -> int:

@@ -79,9 +79,12 @@ class MemoryLayer:
     # -- one chunk: append, look up, bring, attend -------------------------------------------------------------------
 
     def append(self, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """Put the chunk's keys, values and (averaged) queries behind the window."""
-        grouped = q.view(self.spec.kv_heads, -1, *q.shape[1:])
-        self.window.stage(k, v, grouped.mean(dim=1) if grouped.shape[1] > 1 else grouped[:, 0])
+        """Put the chunk's keys and values behind the window, and its averaged queries if the window keeps them."""
+        queries = None
+        if self.window.queries is not None:
+            grouped = q.view(self.spec.kv_heads, -1, *q.shape[1:])
+            queries = grouped.mean(dim=1) if grouped.shape[1] > 1 else grouped[:, 0]
+        self.window.stage(k, v, queries)
 
     def look_up(self, q: Tensor, scale: float) -> list[int]:
         """The ``topk`` blocks that the chunk's queries ask for, in their order.
@@ -90,18 +93,19 @@ class MemoryLayer:
         best of them by all their keys.
         """
         config, n_blocks = self.config, self.blocks.count
-        if n_blocks <= config.topk:
-            return list(range(n_blocks))
+        topk = min(config.topk, n_blocks)
+        if topk in (0, n_blocks):
+            return list(range(topk))
+        asking = voters(q, config.max_votes)
         if config.lookup == "similarity":
             scores = similarity(q, self.blocks.keys)
         else:
-            scores = votes(voters(q, config.max_votes), self.blocks.keys, scale)
-        best = scores.topk(min(max(config.topk, config.candidates), n_blocks)).indices
+            scores = votes(asking, self.blocks.keys, scale)
+        best = scores.topk(min(max(topk, config.candidates), n_blocks)).indices.sort().values
         if config.candidates:
             keys = self.store.keys(best.tolist(), self.index).to(q.device, non_blocking=True)
-            mass = attention_mass(voters(q, config.max_votes), keys, scale)
-            best = best[mass.topk(config.topk).indices]
-        chosen: list[int] = best.sort().values.tolist()
+            best = best[attention_mass(asking, keys, scale).topk(topk).indices.sort().values]
+        chosen: list[int] = best.tolist()
         return chosen
 
     def bring(self, blocks: list[int]) -> None:

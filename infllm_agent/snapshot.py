@@ -59,11 +59,9 @@ def restore(memory: ContextMemory, tensors: dict[str, Tensor], state: dict[str, 
 
 
 def _take_window(name: str, window: Window, tensors: dict[str, Tensor], starts: dict[str, int]) -> None:
-    held = slice(window.start, window.stop)
-    tensors[f"{name}.k"] = window.k[:, held].cpu().contiguous()
-    tensors[f"{name}.v"] = window.v[:, held].cpu().contiguous()
-    if window.queries is not None:
-        tensors[f"{name}.q"] = window.queries[:, held].cpu().contiguous()
+    for part, held in zip("kvq", window.held(), strict=True):
+        if held is not None:
+            tensors[f"{name}.{part}"] = held.cpu().contiguous()
     starts[name] = window.start
 
 

@@ -78,11 +78,14 @@ class Window:
         self.stage(k, v, queries)
         self.advance(k.shape[1])
 
+    def held(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys, values and queries of the window's tokens, without those that are staged; views."""
+        held = slice(self.start, self.stop)
+        return self.k[:, held], self.v[:, held], self.queries[:, held] if self.queries is not None else None
+
     def copy_into(self, other: Window) -> None:
         """Make an empty window of the same shape a copy of this one, to the bit."""
-        held = slice(self.start, self.stop)
-        queries = self.queries[:, held] if self.queries is not None else None
-        other.restore(self.start, self.k[:, held], self.v[:, held], queries)
+        other.restore(self.start, *self.held())
 
     def device_bytes(self) -> int:
         """Bytes of the buffers; constant."""

@@ -92,7 +92,6 @@ def attention_mass(q: Tensor, keys: Tensor, scale: float) -> Tensor:
     Returns:
         (blocks,) float32; the sum over blocks is q_heads · n.
     """
-    kv_heads, blocks, size, head_dim = keys.shape
-    rows = keys.reshape(kv_heads, blocks * size, head_dim).float()
-    logits = (q * scale).reshape(kv_heads, -1, head_dim) @ rows.transpose(1, 2)
-    return logits.softmax(dim=-1).sum(dim=(0, 1)).view(blocks, size).sum(dim=-1)
+    blocks, size = keys.shape[1:3]
+    every = keys.flatten(1, 2).float().transpose(0, 1)
+    return votes(q, every, scale).view(blocks, size).sum(dim=-1)

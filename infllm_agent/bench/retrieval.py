@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from infllm_agent.bench import tasks
 from infllm_agent.bench.answers import Answered, Answers, digest_of
 from infllm_agent.bench.haystack import Haystack, Question, is_right
 from infllm_agent.bench.machine import peak_rss_mb, reset_peak_rss
 from infllm_agent.bench.methods import Method, Needs, check_name, prepare
 from infllm_agent.bench.readers import Rate
 from infllm_agent.bench.scores import Pair, rows
-from infllm_agent.bench.tasks import TASKS, draw
 from infllm_agent.config import MemoryConfig
 from infllm_agent.errors import ConfigError
 from infllm_agent.model import LocalModel
@@ -47,8 +47,7 @@ class Plan:
             if len(set(values)) < len(values):
                 raise ConfigError(f"a {what} is named twice: {', '.join(map(str, values))}")
         for task in self.tasks:
-            if task not in TASKS:
-                raise ConfigError(f'task "{task}" is not known; there are {", ".join(TASKS)}')
+            tasks.check_name(task)
         for method in self.methods:
             check_name(method)
         for length in self.lengths:
@@ -84,7 +83,7 @@ def run(
     haystacks = [
         haystack
         for task in plan.tasks
-        for haystack in draw(task, sorted(plan.lengths), plan.contexts, plan.questions, plan.seed, count)
+        for haystack in tasks.draw(task, sorted(plan.lengths), plan.contexts, plan.questions, plan.seed, count)
     ]
     rounds = [one for haystack in haystacks for stretch in haystack.stretches for one in stretch.rounds]
     longest_round = max(sum(count(question.text) + question.answer_tokens for question in one) for one in rounds)

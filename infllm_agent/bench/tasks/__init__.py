@@ -30,6 +30,12 @@ _ALL: Sequence[Task] = (PASSKEY, NUMBER, KV, LINES, MULTIKEY, VARTRACK, AGENTLOG
 TASKS: dict[str, Task] = {task.name: task for task in _ALL}
 
 
+def check_name(task: str) -> None:
+    """Raise ConfigError unless there is a task of that name."""
+    if task not in TASKS:
+        raise ConfigError(f'task "{task}" is not known; there are {", ".join(TASKS)}')
+
+
 def draw(task: str, lengths: Sequence[int], contexts: int, questions: int, seed: int, count: Count) -> list[Haystack]:
     """The contexts of a task and what is asked about them, the same for the same arguments.
 
@@ -44,8 +50,7 @@ def draw(task: str, lengths: Sequence[int], contexts: int, questions: int, seed:
     Raises:
         ConfigError: an unknown task, nothing to draw, a length too short for the task, or more questions than facts.
     """
-    if task not in TASKS:
-        raise ConfigError(f'task "{task}" is not known; there are {", ".join(TASKS)}')
+    check_name(task)
     for what, number in (("lengths", len(lengths)), ("contexts", contexts), ("questions", questions)):
         if number < 1:
             raise ConfigError(f"{what}: {number} makes no sense; give at least one")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from datetime import datetime, timedelta
 
 from infllm_agent.bench.haystack import Question
@@ -179,11 +180,9 @@ AGENTLOG = Growing(
     records=records,
     ask=ask,
 )
-MULTITURN = Growing(
+MULTITURN = replace(
+    AGENTLOG,
     name="multiturn",
     about="one session asked ten things in turn, in orders that put each question at every turn",
-    head=AGENTLOG.head,
-    records=records,
-    ask=ask,
     turns=10,
 )
