@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -32,8 +32,8 @@ class BlockStore:
         self._pin = pin
         self._segments: list[Records] = []
         self._bases: list[int] = []  # number of the first block of each segment
-        self._folder: Path | None = None
-        self._unverified: set[tuple[int, int]] = set()  # (block, layer) read from disk but not checked yet
+        self.folder: Path | None = None  # of the mapped files, for errors that name them
+        self._unverified = np.zeros((0, shape.layers), dtype=np.bool_)  # of the mapped blocks, what is not checked yet
         self.mapped = 0  # blocks that lie in mapped files
         self.count = 0
 
@@ -80,9 +80,9 @@ class BlockStore:
         shape = self.shape
         size = (len(blocks), shape.kv_heads, shape.block_size, shape.head_dim)
         keys = torch.empty(size, dtype=shape.torch_dtype, pin_memory=self._pin)
-        if self._unverified:
-            for block in blocks:
-                self._verify(*self._locate(block), block, layer)
+        mapped = np.array(blocks[: bisect_left(blocks, self.mapped)], dtype=np.int64)
+        for block in mapped[self._unverified[mapped, layer]].tolist():
+            self._verify(*self._locate(block), block, layer)
         wanted = torch.tensor(blocks)
         edges = np.searchsorted(blocks, [*self._bases, self.count]).tolist()
         for records, base, (start, stop) in zip(self._segments, self._bases, pairwise(edges), strict=True):
@@ -91,13 +91,13 @@ class BlockStore:
         return keys.transpose(0, 1)
 
     def _verify(self, records: Records, index: int, block: int, layer: int) -> None:
-        if (block, layer) not in self._unverified:
+        if block >= self.mapped or not self._unverified[block, layer]:
             return
         if not records.verify_layer(index, layer):
-            assert self._folder is not None
-            path = segment_path(self._folder, block // SEGMENT_BLOCKS)
+            assert self.folder is not None
+            path = segment_path(self.folder, block // SEGMENT_BLOCKS)
             raise CorruptSession(f"{path}: block {block}, layer {layer}: keys and values fail their checksum")
-        self._unverified.discard((block, layer))
+        self._unverified[block, layer] = False
 
     def representatives(self, first: int, stop: int) -> Tensor:
         """Representatives of blocks ``first .. stop - 1``: (stop - first, layers, kv_heads, head_dim)."""
@@ -113,7 +113,8 @@ class BlockStore:
         rows = []
         for block in range(first, self.count):
             records, index = self._locate(block)
-            records.seal(index)
+            if block >= self.mapped:  # those keep the checksums they came with: damage must not be sealed in
+                records.seal(index)
             rows.append(records.bytes[index])
         return write_blocks(folder, self.shape, first, rows)
 
@@ -127,18 +128,22 @@ class BlockStore:
             raise ValueError(f"blocks can be mapped into an empty store only; this one holds {self.count}")
         self._segments = map_blocks(folder, self.shape, count)
         self._bases = [i * SEGMENT_BLOCKS for i in range(len(self._segments))]
-        self._folder = folder
-        self._unverified = {(block, layer) for block in range(count) for layer in range(self.shape.layers)}
+        self.folder = folder
+        self._unverified = np.ones((count, self.shape.layers), dtype=np.bool_)
         self.count = self.mapped = count
 
-    def fork(self) -> BlockStore:
-        """An independent store with the same blocks. Nothing is copied; the fork's own blocks go to new segments."""
+    def fork(self, count: int) -> BlockStore:
+        """An independent store of the first ``count`` blocks. Nothing is copied; its own go to new segments."""
         fork = BlockStore(self.shape, pin=self._pin)
-        fork._segments, fork._bases = list(self._segments), list(self._bases)
-        fork._folder, fork._unverified = self._folder, set(self._unverified)
-        fork.count, fork.mapped = self.count, self.mapped
-        if self._segments:  # what room the last one has is the original's
-            fork._segments[-1] = Records(self.shape, self._segments[-1].bytes[: self.count - self._bases[-1]].view(-1))
+        fork.folder, fork.mapped, fork.count = self.folder, min(self.mapped, count), count
+        fork._unverified = self._unverified[:count]  # shared: both read the same map
+        for base, records in zip(self._bases, self._segments, strict=True):
+            if base >= count:
+                break
+            if count - base < records.count:  # what room there is behind is the original's
+                records = Records(self.shape, records.bytes[: count - base].view(-1))
+            fork._segments.append(records)
+            fork._bases.append(base)
         return fork
 
     def host_bytes(self) -> int:

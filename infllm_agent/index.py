@@ -38,11 +38,11 @@ class BlockIndex:
         self._rows[self.count : stop] = keys
         self.count = stop
 
-    def fork(self) -> BlockIndex:
-        """An independent index with the same blocks: nothing is copied until it grows."""
+    def fork(self, count: int) -> BlockIndex:
+        """An independent index of the first ``count`` blocks: nothing is copied until it grows."""
         fork = object.__new__(BlockIndex)
-        # Rows below `count` never change, so both may read them; only the original goes on writing behind them.
-        fork._rows, fork._shared, fork.count = self._rows, True, self.count
+        # Rows below `self.count` never change, so both may read them; only the original goes on writing behind them.
+        fork._rows, fork._shared, fork.count = self._rows, True, count
         return fork
 
     def device_bytes(self) -> int:

@@ -28,6 +28,7 @@ from infllm_agent.kernels.attention import attend, merge
 from infllm_agent.kernels.lookup import attention_mass, representative_scores, similarity, voters, votes
 from infllm_agent.kernels.rotary import RotaryTable
 from infllm_agent.layers import LayerSpec, SlidingLayer, block_shape
+from infllm_agent.state import Division, LayerState, MemoryState
 from infllm_agent.window import Window
 
 
@@ -230,19 +231,17 @@ class MemoryLayer:
             k = k.gather(2, best.unsqueeze(-1).expand(-1, -1, -1, k.shape[-1]))
         return k.mean(dim=2, dtype=torch.float32)
 
-    def fork_into(self, other: MemoryLayer) -> None:
-        """Give this layer's past to a new layer of a forked memory."""
-        self.window.copy_into(other.window)
-        other.blocks = self.blocks.fork()
-        other.restore_far(self.far_k[:, : self.n_sinks], self.far_v[:, : self.n_sinks], self.selected)
+    def state(self) -> LayerState:
+        """Sinks and window, without what is staged; views."""
+        sinks = torch.stack([self.far_k[:, : self.n_sinks], self.far_v[:, : self.n_sinks]])
+        return LayerState(sinks, self.window.held())
 
-    def restore_far(self, sink_k: Tensor, sink_v: Tensor, selected: list[int]) -> None:
-        """Put back sinks (kv_heads, n, head_dim) and the blocks looked up last."""
-        self.n_sinks = sink_k.shape[1]
-        self.far_k[:, : self.n_sinks] = sink_k
-        self.far_v[:, : self.n_sinks] = sink_v
+    def restore(self, first_window_token: int, state: LayerState) -> None:
+        """Bring an empty layer to a state. Blocks are brought again when they are next looked up."""
+        self.n_sinks = state.sinks.shape[2]
+        self.far_k[:, : self.n_sinks], self.far_v[:, : self.n_sinks] = state.sinks
         self._rotate_far()
-        self.bring(selected)
+        self.window.restore(first_window_token, state.window)
 
     def device_bytes(self) -> int:
         far = [self.far_k, self.far_v] + ([self.far_k_rotated] if self.far_rotary is not None else [])
@@ -326,28 +325,59 @@ class ContextMemory:
             layer.window.advance(n)
         for sliding in self.sliding.values():
             sliding.advance(n)
-        n_init, size, n_local = self.config.n_init, self.config.block_size, self.config.n_local
-        if self.n_sinks < n_init and self.length - n_init >= n_local:
-            self.n_sinks = n_init
+        now = Division.of(self.length, self.config)
+        if now.sinks > self.n_sinks:
+            self.n_sinks = now.sinks
             for layer in self.layers.values():
                 layer.keep_sinks()
-        count = (self.length - self.first_window_token - n_local) // size
-        if self.n_sinks == n_init and count > 0:
+        count = now.blocks - self.store.count
+        if count > 0:
             first = self.store.add(count)
             for layer in self.layers.values():
                 layer.seal(first, count)
 
-    def fork(self) -> ContextMemory:
-        """An independent memory with the same past. Sealed blocks are shared; windows and sinks are copied."""
-        fork = ContextMemory(self.config, self.specs, self.dtype, self.device)
-        fork.length, fork.n_sinks = self.length, self.n_sinks
-        store = self.store.fork()
-        fork.store = store
+    def state(self) -> MemoryState:
+        """What the memory is besides its sealed blocks; views, for as long as nothing is fed."""
+        return MemoryState(
+            self.length,
+            {number: layer.state() for number, layer in self.layers.items()},
+            {number: sliding.window.held() for number, sliding in self.sliding.items()},
+        )
+
+    def restore(self, state: MemoryState) -> None:
+        """Bring an empty memory, whose blocks are in place already, to a state."""
+        self.length = state.length
+        self.n_sinks = Division.of(state.length, self.config).sinks
         for number, layer in self.layers.items():
-            fork.layers[number].store = store
-            layer.fork_into(fork.layers[number])
+            layer.restore(self.first_window_token, state.layers[number])
         for number, sliding in self.sliding.items():
-            sliding.window.copy_into(fork.sliding[number].window)
+            window = state.sliding[number]
+            sliding.window.restore(state.length - window.k.shape[1], window)
+
+    def can_rewind(self, length: int) -> bool:
+        """Whether ``fork`` can go back to an earlier length: always, unless a layer slides by itself or blocks have
+        representatives. Then only as far as what is still held reaches."""
+        return self.state().can_rewind(length, self.config)
+
+    def fork(self, length: int | None = None) -> ContextMemory:
+        """An independent memory with the same past, or with the first ``length`` tokens of it.
+
+        ``length`` must be the end of a chunk; the fork is then, to the bit, what this memory was at that time.
+        Sealed blocks are shared; windows and sinks are copied.
+
+        Raises:
+            ValueError: ``can_rewind`` says no.
+            CorruptSession: a stored block that the earlier window needs fails its checksum.
+        """
+        length = self.length if length is None else length
+        state = self.state().rewound(length, self.config, self.store)
+        blocks = Division.of(length, self.config).blocks
+        fork = ContextMemory(self.config, self.specs, self.dtype, self.device)
+        fork.store = self.store.fork(blocks)
+        for number, layer in self.layers.items():
+            fork.layers[number].store = fork.store
+            fork.layers[number].blocks = layer.blocks.fork(blocks)
+        fork.restore(state)
         return fork
 
     def device_bytes(self) -> int:

@@ -323,7 +323,7 @@ class Session:
             if not self._new_ids and not self._new_chunks and self.store.generation:
                 return self.store.generation
             self.memory.store.write_new(self.store.folder, self._committed_blocks)
-            tensors, state = snapshot.take(self.memory)
+            tensors, state = snapshot.pack(self.memory.state(), self.config)
             tail, crc = write_tail(self.store.folder, tensors)
             generation = self.store.commit(
                 messages=self._new_messages,
@@ -377,7 +377,7 @@ class Session:
         self._committed_now()
         if state := self.store.state:
             tensors = read_tail(self.store.folder, state["tail"], state["tail_crc"])
-            snapshot.restore(self.memory, tensors, state["memory"], self.store.folder)
+            snapshot.restore(self.memory, snapshot.unpack(tensors, state["memory"]), self.store.folder)
         # What had not gone through the model yet waits again.
         self._pending = deque(self.store.token_ids(self.memory.length))
         self._committed_blocks = self.memory.store.count

@@ -5,14 +5,18 @@ from __future__ import annotations
 from torch import Tensor, device, dtype, empty
 
 from infllm_agent.kernels.rotary import Rotary, RotaryTable
+from infllm_agent.state import WindowState
 
 
 class Window:
-    """A linear buffer of keys and values that slides to its front when it reaches its end.
+    """A linear buffer of keys and values that slides towards its front when room there has become free.
 
     A token's rotary position is its place in the buffer, so angles stay small however long the session is; when the
-    window slides to the front its keys are rotated anew from the unrotated ones. Tokens are first *staged* behind
-    ``stop`` and become part of the window with ``advance``: a forward that fails midway leaves the window as it was.
+    window slides its keys are rotated anew from the unrotated ones. Tokens are first *staged* behind ``stop`` and
+    become part of the window with ``advance``: a forward that fails midway leaves the window as it was.
+
+    The place of the oldest token is its number in the session modulo ``slack``: it depends on nothing else, so a
+    window that is put back by its tokens alone is the same to the bit.
 
     Args:
         capacity: most tokens held at once, staged ones included.
@@ -33,6 +37,7 @@ class Window:
         device: device,
     ) -> None:
         self.size = capacity + slack
+        self.slack = slack
         self.start = 0
         self.stop = 0
         shape = (kv_heads, self.size, head_dim)
@@ -48,8 +53,6 @@ class Window:
     def stage(self, k: Tensor, v: Tensor, queries: Tensor | None = None) -> None:
         """Write the next chunk's tokens, each (kv_heads, n, head_dim), behind the window."""
         n = k.shape[1]
-        if self.stop + n > self.size:
-            self._slide()
         if self.stop + n > self.size:
             raise ValueError(f"{n} tokens do not fit behind the {len(self)} of a window of {self.size}")
         places = slice(self.stop, self.stop + n)
@@ -71,21 +74,21 @@ class Window:
     def drop(self, n: int) -> None:
         """The oldest ``n`` tokens leave the window."""
         self.start += n
+        if self.start >= self.slack:
+            self._slide(self.start % self.slack)
 
-    def restore(self, start: int, k: Tensor, v: Tensor, queries: Tensor | None) -> None:
-        """Put a saved window back at the place it had, so that its rotated keys come out the same to the bit."""
-        self.start = self.stop = start
-        self.stage(k, v, queries)
-        self.advance(k.shape[1])
+    def restore(self, first_token: int, state: WindowState) -> None:
+        """Fill an empty window. ``first_token``: number in the session of the oldest one."""
+        self.start = self.stop = first_token % self.slack
+        self.stage(*state)
+        self.advance(state.k.shape[1])
 
-    def held(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Keys, values and queries of the window's tokens, without those that are staged; views."""
+    def held(self) -> WindowState:
+        """The window's tokens, without those that are staged; views."""
         held = slice(self.start, self.stop)
-        return self.k[:, held], self.v[:, held], self.queries[:, held] if self.queries is not None else None
-
-    def copy_into(self, other: Window) -> None:
-        """Make an empty window of the same shape a copy of this one, to the bit."""
-        other.restore(self.start, *self.held())
+        return WindowState(
+            self.k[:, held], self.v[:, held], self.queries[:, held] if self.queries is not None else None
+        )
 
     def device_bytes(self) -> int:
         """Bytes of the buffers; constant."""
@@ -94,12 +97,12 @@ class Window:
             buffers.append(self.k_rotated)
         return sum(buffer.nbytes for buffer in buffers if buffer is not None)
 
-    def _slide(self) -> None:
-        n = len(self)
+    def _slide(self, start: int) -> None:
+        places = slice(start, start + len(self))
         for buffer in (self.k, self.v, self.queries):
             if buffer is not None:
                 # Source and target may overlap: through a copy.
-                buffer[:, :n] = buffer[:, self.start : self.stop].clone()
+                buffer[:, places] = buffer[:, self.start : self.stop].clone()
         if self.rotary is not None:
-            self.k_rotated[:, :n] = self.rotary.rotate(self.k[:, :n], 0)
-        self.start, self.stop = 0, n
+            self.k_rotated[:, places] = self.rotary.rotate(self.k[:, places], start)
+        self.start, self.stop = places.start, places.stop

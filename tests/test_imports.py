@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "infllm_agent"
 LAYERS = [
     ["errors", "config"],
     ["kernels"],
-    ["blockfile", "blocks", "index", "window"],
+    ["blockfile", "blocks", "index", "state", "window"],
     ["layers", "memory"],
     ["hub", "attention", "probe", "model", "snapshot"],
     ["database", "locks", "records", "catalog", "store", "tailfile"],

@@ -75,12 +75,12 @@ def test_the_index_grows_by_doubling() -> None:
 def test_a_forked_index_and_its_original_grow_apart() -> None:
     original = BlockIndex(1, 2, torch.device("cpu"))
     original.append(torch.zeros(3, 1, 2))
-    forks = [original.fork(), original.fork()]
+    forks = [original.fork(3), original.fork(2)]
     original.append(torch.ones(2, 1, 2))
     for number, fork in enumerate(forks, 2):
         fork.append(torch.full((1, 1, 2), float(number)))
     assert original.keys[:, 0, 0].tolist() == [0, 0, 0, 1, 1]
-    assert [fork.keys[:, 0, 0].tolist() for fork in forks] == [[0, 0, 0, 2], [0, 0, 0, 3]]
+    assert [fork.keys[:, 0, 0].tolist() for fork in forks] == [[0, 0, 0, 2], [0, 0, 3]]
 
 
 @pytest.mark.parametrize("config", [PAPER, SMALL], ids=["paper", "votes"])
