@@ -25,6 +25,10 @@ class UnknownSession(InfLLMError, KeyError):
     __str__ = Exception.__str__  # KeyError would print the message in quotes
 
 
+class UnknownMessage(InfLLMError, IndexError):
+    """The session has no message by that number."""
+
+
 class InvalidName(InfLLMError, ValueError):
     """A session, role or tool name outside the allowed alphabet."""
 
@@ -39,6 +43,10 @@ class SessionMismatch(InfLLMError):
 
 class SessionClosed(InfLLMError):
     """The session was closed; open it again through the runtime."""
+
+
+class NeedsModel(InfLLMError):
+    """What was asked of a stored session cannot be done without its model."""
 
 
 class CorruptSession(InfLLMError):

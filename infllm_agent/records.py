@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any, NamedTuple
 
+TOKENS_PER_ROW = 1 << 16  # keeps a slice of a long log cheap to read
 MESSAGE_COLUMNS = "position, role, name, call_id, text, time, start, stop, crc"
 
 
@@ -37,6 +38,22 @@ class Message:
     time: float
     start: int
     end: int
+
+
+class Log(NamedTuple):
+    """A stretch of a session's record: what one commit appends. Chunks are (start, length)."""
+
+    messages: Sequence[Message] = ()
+    token_ids: Sequence[int] = ()
+    chunks: Sequence[tuple[int, int]] = ()
+
+
+class Extent(NamedTuple):
+    """How much of a session's record, from its beginning: messages, tokens, and tokens in chunks."""
+
+    messages: int
+    tokens: int
+    chunk_end: int
 
 
 class SessionRow(NamedTuple):
@@ -97,6 +114,65 @@ def read_generation(conn: sqlite3.Connection) -> Generation:
     row = conn.execute(f"SELECT {', '.join(Generation._fields)}, crc FROM generation").fetchone()
     expect(row is not None and row[-1] == checksum(*row[:-1]), "its last generation")
     return Generation(*row[:-1])
+
+
+def append_rows(conn: sqlite3.Connection, last: Generation, log: Log) -> Generation:
+    """Write what continues the generation ``last``. Returns that one with the session's new reach, not yet written.
+
+    Raises ValueError for a log that does not continue it.
+    """
+    ids = as_token_ids(log.token_ids)
+    tokens = last.tokens + len(ids)
+    message_end = messages_end(log.messages, last, tokens)
+    runs, chunk_end = run_lengths(log.chunks, last.chunk_end, tokens)
+    conn.executemany(
+        f"INSERT INTO messages ({MESSAGE_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        [message_row(message) for message in log.messages],
+    )
+    conn.executemany("INSERT INTO messages_fts (rowid, text) VALUES (?, ?)", [(m.index, m.text) for m in log.messages])
+    for start in range(0, len(ids), TOKENS_PER_ROW):
+        row = token_row(ids[start : start + TOKENS_PER_ROW])
+        conn.execute("INSERT INTO tokens (start, ids, crc) VALUES (?, ?, ?)", (last.tokens + start, *row))
+    conn.executemany(
+        "INSERT INTO chunks (start, length, count, crc) VALUES (?, ?, ?, ?)",
+        [(*run, checksum(*run)) for run in runs],
+    )
+    messages = last.messages + len(log.messages)
+    return last._replace(messages=messages, tokens=tokens, message_end=message_end, chunk_end=chunk_end)
+
+
+def copy_rows(conn: sqlite3.Connection, kept: Extent) -> Generation:
+    """Copy the rows of the attached database ``source`` that lie wholly in its first part, into empty tables.
+
+    Returns a generation, not yet written, that reaches as far as they do.
+    """
+    conn.execute("INSERT INTO messages SELECT * FROM source.messages WHERE position < ?", (kept.messages,))
+    conn.execute("INSERT INTO messages_fts (messages_fts) VALUES ('rebuild')")
+    conn.execute(
+        "INSERT INTO tokens SELECT * FROM source.tokens WHERE start + length(ids) / 4 <= ? ORDER BY start",
+        (kept.tokens,),
+    )
+    conn.execute(
+        "INSERT INTO chunks SELECT * FROM source.chunks WHERE start + length * count <= ? ORDER BY start",
+        (kept.chunk_end,),
+    )
+    messages, message_end = conn.execute("SELECT count(*), coalesce(max(stop), 0) FROM messages").fetchone()
+    expect(messages == kept.messages, "some messages are missing")
+    (tokens,) = conn.execute("SELECT coalesce(max(start + length(ids) / 4), 0) FROM tokens").fetchone()
+    (chunk_end,) = conn.execute("SELECT coalesce(max(start + length * count), 0) FROM chunks").fetchone()
+    return Generation(0, None, messages, tokens, message_end, chunk_end, 0, 0, 0.0)
+
+
+def chunk_run(conn: sqlite3.Connection, token: int) -> tuple[int, int, int]:
+    """The last run (start, length, count) of execution chunks that begins at or before a token; (0, 1, 0) if none."""
+    row = conn.execute(
+        "SELECT start, length, count, crc FROM chunks WHERE start <= ? ORDER BY start DESC LIMIT 1", (token,)
+    ).fetchone()
+    if row is None:
+        return 0, 1, 0
+    expect(row[-1] == checksum(*row[:-1]), f"its chunk boundaries at {row[0]}")
+    start, length, count = row[:-1]
+    return start, length, count
 
 
 def message_row(message: Message) -> tuple[Any, ...]:

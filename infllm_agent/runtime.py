@@ -85,6 +85,24 @@ class AgentRuntime:
             self._sessions[name] = session
             return session
 
+    def fork(self, source: str, name: str, messages: int | None = None) -> Session:
+        """A new session that begins as ``source``, after all its messages or the first so many (``Session.fork``).
+
+        Raises:
+            UnknownSession, SessionLocked, SessionMismatch: of ``source``.
+            SessionExists, InvalidName: of ``name``.
+            UnknownMessage: ``source`` has not so many messages.
+            CorruptSession, StorageError.
+        """
+        with self._lock:
+            if source not in self._sessions:
+                Catalog(self.root).require(source)
+            original = self.session(source)
+        fork = original.fork(name, messages)  # without the lock: other sessions go on
+        with self._lock:
+            self._sessions[name] = fork
+        return fork
+
     def sessions(self) -> Sequence[SessionInfo]:
         """All sessions under the root, by name, as of their last commits."""
         return Catalog(self.root).list()

@@ -17,10 +17,11 @@ from infllm_agent.chat import ChatFormat, TextStream
 from infllm_agent.config import MemoryConfig, SamplingConfig
 from infllm_agent.database import storage_errors
 from infllm_agent.errors import Cancelled, InfLLMError, SessionBusy, SessionClosed
+from infllm_agent.fork import check_messages, replay, write_fork
 from infllm_agent.generate import Sampler, TextPieces
 from infllm_agent.memory import ContextMemory
 from infllm_agent.model import LocalModel
-from infllm_agent.records import Message
+from infllm_agent.records import Extent, Log, Message
 from infllm_agent.reply import Reply, Usage
 from infllm_agent.store import SessionStore
 from infllm_agent.tailfile import read_tail, remove_other_tails, write_tail
@@ -84,7 +85,15 @@ class Session:
         cancelled: asked between chunks and tokens; when it returns True, the work stops with ``Cancelled``.
     """
 
-    def __init__(self, model: LocalModel, chat: ChatFormat, config: MemoryConfig, store: SessionStore) -> None:
+    def __init__(
+        self,
+        model: LocalModel,
+        chat: ChatFormat,
+        config: MemoryConfig,
+        store: SessionStore,
+        memory: ContextMemory | None = None,
+    ) -> None:
+        """``memory``: that of the last commit, where it is at hand; None loads it."""
         self.model = model
         self.chat = chat
         self.config = config
@@ -94,7 +103,7 @@ class Session:
         self._lock = threading.RLock()
         self._stream: MessageStream | None = None
         self._broken = False
-        self._load()
+        self._load(memory)
 
     # -- what is stored --------------------------------------------------------------------------------------------
 
@@ -342,6 +351,51 @@ class Session:
         with self._lock:
             self._load()
 
+    def fork(self, name: str, messages: int | None = None) -> Session:
+        """A new session that begins as this one: committed, open, and independent of it from then on.
+
+        It takes over complete messages only, so a reply that is being generated, or a streamed message that is open,
+        is not in it. Stored blocks are shared on disk and in memory. Where the memory does not hold what it was after
+        the last of them (``ContextMemory.can_rewind``), the log is read again in the same chunks.
+
+        Args:
+            messages: take over the first so many; None takes all.
+
+        Raises:
+            UnknownMessage: there are not so many messages.
+            SessionExists, InvalidName: the name is taken, or none that a session may have.
+            Cancelled: ``cancelled`` said so while the log was read again.
+            StorageError, CorruptSession.
+        """
+        self.store.check_free(name)
+        with self._working():
+            kept_messages = check_messages(self.name, messages, self.message_count)
+            end = self.messages(kept_messages - 1, kept_messages)[0].end if kept_messages else 0
+            chunks = [(start, length) for start, length in self._new_chunks if start + length <= end]
+            length = sum(chunks[-1]) if chunks else self.store.chunk_boundary(min(end, self._committed))
+            stored = self.store.message_count
+            log = Log(
+                self._new_messages[: max(0, kept_messages - stored)],
+                self._new_ids[: max(0, end - self._committed)],
+                chunks,
+            )
+            kept = Extent(min(kept_messages, stored), min(end, self._committed), chunks[0][0] if chunks else length)
+            shared = self._committed_blocks
+            memory = self.memory.fork(length) if self.memory.can_rewind(length) else None
+            if memory is None:
+                ids, fed = self.token_ids(), [chunk for chunk in self.chunks() if chunk[0] < length]
+        if memory is None:
+            memory, shared = replay(self.model, self.config, ids, fed, self.cancelled), 0
+        store = write_fork(
+            self.store, name, memory.state(), memory.store, config=self.config, kept=kept, log=log, shared=shared
+        )
+        try:
+            memory.store.folder = store.folder
+            return Session(self.model, self.chat, self.config, store, memory)
+        except BaseException:
+            store.close()
+            raise
+
     @property
     def closed(self) -> bool:
         return self._broken
@@ -368,14 +422,14 @@ class Session:
         finally:
             self.close()
 
-    def _load(self) -> None:
+    def _load(self, memory: ContextMemory | None = None) -> None:
         """The state of the last commit."""
-        self.memory: ContextMemory = self.model.new_memory(self.config)
+        self.memory: ContextMemory = self.model.new_memory(self.config) if memory is None else memory
         self._new_messages: list[Message] = []
         self._new_ids: list[int] = []
         self._new_chunks: list[tuple[int, int]] = []
         self._committed_now()
-        if state := self.store.state:
+        if memory is None and (state := self.store.state):
             tensors = read_tail(self.store.folder, state["tail"], state["tail_crc"])
             snapshot.restore(self.memory, snapshot.unpack(tensors, state["memory"]), self.store.folder)
         # What had not gone through the model yet waits again.

@@ -11,7 +11,7 @@ import sqlite3
 import threading
 import time
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from os import PathLike
 from pathlib import Path
@@ -23,28 +23,25 @@ from infllm_agent.errors import SessionClosed, StorageError, UnknownSession
 from infllm_agent.locks import WriterLock
 from infllm_agent.records import (
     MESSAGE_COLUMNS,
+    Extent,
     Generation,
+    Log,
     Message,
     SessionRow,
+    append_rows,
     as_messages,
-    as_token_ids,
-    checksum,
+    chunk_run,
+    copy_rows,
     expand_runs,
     expect,
     joined_token_ids,
-    message_row,
-    messages_end,
     read_generation,
     read_session,
-    run_lengths,
-    token_row,
     write_generation,
     write_session,
 )
 
 __all__ = ["Message", "SessionStore"]
-
-TOKENS_PER_ROW = 1 << 16  # keeps a slice of a long log cheap to read
 
 
 class SessionStore:
@@ -125,6 +122,59 @@ class SessionStore:
             except SessionExists:
                 pass  # made by another process just now
 
+    def check_free(self, name: str) -> None:
+        """Raise SessionExists or InvalidName if a new session beside this one cannot be called so."""
+        if self._catalog.find(name) is not None:
+            raise SessionExists(f'session "{name}" already exists in {self._catalog.root}')
+
+    def fork(
+        self, name: str, kept: Extent, log: Log, fill: Callable[[Path], tuple[dict[str, Any], int]]
+    ) -> SessionStore:
+        """Make a session that begins as this one, and open it for writing. It is there whole or not at all.
+
+        The rows are copied from database to database; this session may go on meanwhile.
+
+        Args:
+            kept: how much of what is committed here; ``log`` continues it.
+            fill: writes the other files into the new folder; returns the state and the number of blocks.
+
+        Raises SessionExists, InvalidName, SessionClosed, StorageError, CorruptSession.
+        """
+
+        def fill_all(folder: Path) -> None:
+            state, blocks = fill(folder)
+            with closing(connect(folder / SESSION_DATABASE, SESSION_SCHEMA, create=True)) as db:
+                conn, now = db.conn, time.time()
+                conn.execute("ATTACH ? AS source", (f"{self._path.as_uri()}?mode=ro",))
+                with transaction(conn):
+                    write_session(conn, SessionRow(name, json.dumps(self.fingerprint, allow_nan=False), now))
+                    with storage_errors(self._path):
+                        head = copy_rows(conn, kept)
+                    # A row of tokens or chunks that is kept in part only is written anew.
+                    head = append_rows(conn, head, self._rest(head, kept))
+                    new = append_rows(conn, head, log)
+                size = sum(path.stat().st_size for path in folder.iterdir())
+                with transaction(conn):
+                    write_generation(
+                        conn,
+                        new._replace(number=1, state=json.dumps(state), blocks=blocks, bytes_on_disk=size, updated=now),
+                    )
+
+        with self._mutex:  # it cannot be closed, and so not deleted, before the fork is there
+            self._head()
+            id, lock = self._catalog.add(name, fill_all)
+        return self._locked(self._catalog, id, name, lock)
+
+    def _rest(self, head: Generation, kept: Extent) -> Log:
+        """Tokens and chunks of ``kept`` behind the generation ``head``."""
+        ids = self.token_ids(head.tokens, kept.tokens)
+        chunks = []
+        if head.chunk_end < kept.chunk_end:
+            with self._using() as conn:
+                start, length, _ = chunk_run(conn, head.chunk_end)
+            chunks = [(start, length) for start in range(start, kept.chunk_end, length)]
+        return Log((), ids, chunks)
+
     @classmethod
     def _locked(cls, catalog: Catalog, id: str, name: str, lock: WriterLock) -> SessionStore:
         try:
@@ -193,40 +243,14 @@ class SessionStore:
         session is as before; but if the machine then dies before the next commit, a StorageError's commit may turn
         out to have happened, so keep its files until then.
         """
-        ids = as_token_ids(token_ids)
         text = json.dumps(state, allow_nan=False)
         with self._using() as conn:
             if self._lock is None:
                 raise StorageError(f'session "{self.name}" was opened read-only')
             with transaction(conn):
                 head = self._head()
-                tokens = head.tokens + len(ids)
-                message_end = messages_end(messages, head, tokens)
-                runs, chunk_end = run_lengths(chunks, head.chunk_end, tokens)
-                conn.executemany(
-                    f"INSERT INTO messages ({MESSAGE_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                    [message_row(message) for message in messages],
-                )
-                conn.executemany(
-                    "INSERT INTO messages_fts (rowid, text) VALUES (?, ?)", [(m.index, m.text) for m in messages]
-                )
-                for start in range(0, len(ids), TOKENS_PER_ROW):
-                    row = token_row(ids[start : start + TOKENS_PER_ROW])
-                    conn.execute("INSERT INTO tokens (start, ids, crc) VALUES (?, ?, ?)", (head.tokens + start, *row))
-                conn.executemany(
-                    "INSERT INTO chunks (start, length, count, crc) VALUES (?, ?, ?, ?)",
-                    [(*run, checksum(*run)) for run in runs],
-                )
-                new = Generation(
-                    number=head.number + 1,
-                    state=text,
-                    messages=head.messages + len(messages),
-                    tokens=tokens,
-                    message_end=message_end,
-                    chunk_end=chunk_end,
-                    blocks=blocks,
-                    bytes_on_disk=bytes_on_disk,
-                    updated=time.time(),
+                new = append_rows(conn, head, Log(messages, token_ids, chunks))._replace(
+                    number=head.number + 1, state=text, blocks=blocks, bytes_on_disk=bytes_on_disk, updated=time.time()
                 )
                 write_generation(conn, new)
             info = read_info(conn, self.id)
@@ -264,6 +288,12 @@ class SessionStore:
             end = self._head().chunk_end
             rows = conn.execute("SELECT start, length, count, crc FROM chunks WHERE start < ? ORDER BY start", (end,))
             return expand_runs(rows, end)
+
+    def chunk_boundary(self, token: int) -> int:
+        """The last end of an execution chunk at or before a token; 0 if there is none."""
+        with self._using() as conn:
+            start, length, count = chunk_run(conn, token)
+        return start + min((token - start) // length, count) * length
 
     def search(self, query: str, limit: int = 20) -> list[Message]:
         """Messages whose text has all the words of ``query``, newest first; any text is a valid query.

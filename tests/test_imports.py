@@ -18,7 +18,7 @@ LAYERS = [
     ["blockfile", "blocks", "index", "state", "window"],
     ["layers", "memory"],
     ["hub", "attention", "probe", "model", "snapshot"],
-    ["database", "locks", "records", "catalog", "store", "tailfile"],
+    ["database", "locks", "records", "catalog", "store", "tailfile", "fork"],
     ["chat", "tokens", "grammar", "generate", "trace", "reply", "fingerprint"],
     ["session"],
     ["runtime"],
