@@ -8,7 +8,7 @@ from contextlib import closing, suppress
 from typing import Any
 
 from infllm_agent.cli_input import Interrupts, read_lines, standard_input
-from infllm_agent.cli_output import print_message, write_piece
+from infllm_agent.cli_output import counted, print_message, write_piece
 from infllm_agent.errors import Cancelled, InfLLMError
 from infllm_agent.session import Session
 
@@ -17,6 +17,7 @@ HELP = """\
 /history [N]       the last N messages (10)
 /search WORDS      messages of this session that have all the words
 /observe TEXT      add an observation, without asking for an answer
+/fork NAME [N]     a new session that begins as this one, with all messages so far or the first N
 /usage             sizes of the session
 /quit              leave; so do Ctrl-D and Ctrl-C at the prompt
 //TEXT             say TEXT with one slash in front
@@ -36,6 +37,7 @@ class Chat:
             "history": self._history,
             "search": self._search,
             "observe": self._observe,
+            "fork": self._fork,
             "usage": self._usage,
         }
 
@@ -109,6 +111,18 @@ class Chat:
         if not text:
             raise InfLLMError("/observe: give the text")
         self._session.append_observation(text)
+
+    def _fork(self, rest: str) -> None:
+        match rest.split():
+            case [name]:
+                messages = None
+            case [name, count] if count.isdecimal():
+                messages = int(count)
+            case _:
+                raise InfLLMError("/fork: give the new session's name, and perhaps how many messages to take over")
+        with self._session.fork(name, messages) as fork:
+            made = counted(fork.message_count, "message")
+        print(f'session "{name}" made, {made}; open it with: infllm-agent chat {name}')
 
     def _usage(self, _: str) -> None:
         usage = self._session.usage

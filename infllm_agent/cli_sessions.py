@@ -1,27 +1,32 @@
-"""``infllm-agent sessions``: what can be said about sessions, and done to them, without their model."""
+"""``infllm-agent sessions``: what can be said about sessions, and done to them, mostly without their model."""
 
 from __future__ import annotations
 
 import sys
 from contextlib import closing
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from infllm_agent.catalog import Catalog, SessionInfo
+from infllm_agent.cli_input import Interrupts
 from infllm_agent.cli_options import AsJson, Root, SessionName
 from infllm_agent.cli_output import (
     FAILED,
+    counted,
     local_time,
     message_fields,
+    note,
     print_json,
     print_message,
     print_table,
     printable,
 )
+from infllm_agent.errors import NeedsModel
 from infllm_agent.store import SessionStore
 
-app = typer.Typer(help="List, show, search and delete sessions. Needs no model.")
+app = typer.Typer(help="List, show, search, fork and delete sessions. Needs no model.")
 
 COLUMNS = ["name", "messages", "tokens", "blocks", "disk bytes", "created", "updated", "model"]
 
@@ -82,6 +87,45 @@ def search(
         print_message(message)
     if not found:
         print("nothing found")
+
+
+@app.command()
+def fork(
+    session: SessionName,
+    new: Annotated[str, typer.Argument(metavar="NEW", help="The new session's name.", show_default=False)],
+    messages: Annotated[
+        int | None, typer.Option(min=0, help="Take over the first so many messages.", show_default="all")
+    ] = None,
+    *,
+    root: Root,
+    as_json: AsJson = False,
+) -> None:
+    """Make a session that begins as another one, without reading its messages again.
+
+    Where only the model can tell what its memory was at that message (layers with sliding windows, block_key
+    "representatives"), the model that the session was made with is loaded and reads them again.
+    """
+    from infllm_agent.fork import fork_stored  # loads torch
+
+    try:
+        made = fork_stored(root, session, new, messages)
+    except NeedsModel as error:
+        note(str(error))
+        made = _fork_with_model(root, session, new, messages)
+    if as_json:
+        print_json(_session_fields(made))
+    else:
+        print(f"{new}: {counted(made.messages, 'message')}, {counted(made.tokens, 'token')}")
+
+
+def _fork_with_model(root: Path, session: str, new: str, messages: int | None) -> SessionInfo:
+    from infllm_agent.runtime import AgentRuntime
+
+    with closing(SessionStore.open(root, session, readonly=True)) as store:
+        model, dtype = store.fingerprint["model"], store.fingerprint["dtype"]
+    with Interrupts() as interrupts, AgentRuntime.open(root, model, dtype=dtype, progress=note) as runtime:
+        runtime.session(session).cancelled = interrupts
+        return runtime.fork(session, new, messages).store.info
 
 
 @app.command()

@@ -137,6 +137,35 @@ def test_delete(cli):
     assert cli("sessions", "delete", "ops", "--yes").error.startswith('error: no session "ops"')
 
 
+def test_fork(cli):
+    sizes = ("--n-local", "32", "--block-size", "8", "--chunk-size", "16", "--topk", "2", "--n-init", "4")
+    cli("ingest", "ops", "--lines", *sizes, stdin=LINE.encode() * 12)
+    whole = cli("sessions", "fork", "ops", "whole", "--json").json
+    shown = cli("sessions", "show", "whole", "--last", "0", "--json").json
+    assert shown.items() >= whole.items()
+    assert (whole["name"], whole["messages"]) == ("whole", 12)
+    assert whole["blocks"] > 10
+    assert re.fullmatch(
+        r"early: 3 messages, [\d,]+ tokens\n", cli("sessions", "fork", "ops", "early", "--messages", "3").out
+    )
+    with cli.store("ops") as source, cli.store("early") as fork:
+        assert fork.messages() == source.messages(0, 3)
+    assert cli("ask", "early", "what failed?", "--max-tokens", "2", "--json").json["usage"]["reused_tokens"] > 50
+    assert "already exists" in cli("sessions", "fork", "ops", "early").error
+    assert "after 13 messages: it has 12" in cli("sessions", "fork", "ops", "never", "--messages", "13").error
+    assert "no session" in cli("sessions", "fork", "nothing", "never").error
+    assert len(cli("sessions", "list", "--json").json) == 3
+
+
+def test_fork_loads_the_model_where_it_must(cli):
+    sizes = ("--n-local", "32", "--block-size", "8", "--chunk-size", "16", "--topk", "2", "--n-init", "4")
+    cli("ingest", "ops", "--lines", "--block-key", "representatives", *sizes, stdin=LINE.encode() * 12)
+    assert cli("sessions", "fork", "ops", "early", "--messages", "3", "--json").json["messages"] == 3
+    with cli.store("ops") as source, cli.store("early") as fork:
+        assert fork.messages() == source.messages(0, 3)
+        assert fork.chunks() == source.chunks()[: len(fork.chunks())]
+
+
 def test_version_and_help(cli):
     assert cli("--version").out == f"infllm-agent {__version__}\n"
     assert cli("--help").code == 0
@@ -154,6 +183,7 @@ def test_chat_answers_lines_and_obeys_commands(cli):
         "/search disk",
         "/history 1",
         "//etc is a folder",
+        "/fork other 1",
         "/help",
         "/quit",
         "x",
@@ -163,6 +193,9 @@ def test_chat_answers_lines_and_obeys_commands(cli):
     assert "3 messages, " in talk.out
     assert talk.out.count("the disk is full") == 2
     assert "/history [N]" in talk.out
+    assert 'session "other" made, 1 message' in talk.out
+    with cli.store("other") as store:
+        assert [m.text for m in store.messages()] == ["hello"]
     with cli.store("ops") as store:
         messages = store.messages()
     assert [m.role for m in messages] == ["user", "assistant", "observation", "user", "assistant"]
@@ -170,9 +203,9 @@ def test_chat_answers_lines_and_obeys_commands(cli):
 
 
 def test_chat_survives_wrong_commands(cli):
-    talk = cli("chat", "ops", "--max-tokens", "2", stdin=b"/nothing\n/history x\n/observe\n\nhello")
+    talk = cli("chat", "ops", "--max-tokens", "2", stdin=b"/nothing\n/history x\n/observe\n/fork\n/fork a 9\n\nhello")
     assert talk.code == 0
-    assert len(talk.err.splitlines()) == 3
+    assert len(talk.err.splitlines()) == 5
     with cli.store("ops") as store:
         assert store.message_count == 2
 
