@@ -534,8 +534,8 @@ steps = st.one_of(
 )
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(steps, min_size=4, max_size=16))
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(steps, min_size=4, max_size=12))
 def test_any_order_of_appending_replying_committing_forking_and_deleting(
     model: LocalModel, tmp_path_factory: pytest.TempPathFactory, todo: list[tuple[str, int, int]]
 ) -> None:

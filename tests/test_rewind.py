@@ -52,7 +52,7 @@ def assert_same(model: LocalModel, memory: ContextMemory, expected: ContextMemor
     assert torch.equal(feed(model, memory.fork(), after), feed(model, expected.fork(), after))
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "smollm3", "phi3", "gpt-neox"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "smollm3", "gpt-neox"])
 def test_every_earlier_chunk_boundary(name: str) -> None:
     model = tiny(name)
     told = chunks(1, 24, 16)
@@ -69,7 +69,7 @@ def test_every_earlier_chunk_boundary(name: str) -> None:
     assert_same(model, memory, untouched)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
     n_init=st.integers(0, 40),
