@@ -210,7 +210,7 @@ def _reply_fields(reply: Reply) -> dict[str, Any]:
     usage = reply.usage
     return {
         "text": reply.text,
-        "tool_calls": list(reply.tool_calls),
+        "tool_calls": [{"name": call.name, "arguments": call.arguments, "id": call.id} for call in reply.tool_calls],
         "usage": {
             "input_tokens": usage.input_tokens,
             "prefilled_tokens": usage.prefilled_tokens,

@@ -12,10 +12,12 @@ import sys
 import zlib
 from array import array
 from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-MESSAGE_COLUMNS = "position, role, name, call_id, text, time, start, stop, crc"
+from infllm_agent.tools import ToolCall, ToolSpec, calls_from_json, calls_json, tools_from_json, tools_json
+
+MESSAGE_COLUMNS = "position, role, name, call_id, text, time, start, stop, calls, tools, crc"
 
 
 class Damaged(sqlite3.DatabaseError):
@@ -26,7 +28,8 @@ class Damaged(sqlite3.DatabaseError):
 class Message:
     """A message as it was given; ``start`` and ``end`` are its span [start, end) in the session's token log.
 
-    ``index`` counts from 0 and ``time`` is in unix seconds (UTC).
+    ``index`` counts from 0 and ``time`` is in unix seconds (UTC). ``calls`` are made by an assistant's message, whose
+    text is without them: a text may spell what is no call. ``tools`` are announced by a system message.
     """
 
     index: int
@@ -37,6 +40,8 @@ class Message:
     time: float
     start: int
     end: int
+    calls: tuple[ToolCall, ...] = ()
+    tools: tuple[ToolSpec, ...] = ()
 
 
 class SessionRow(NamedTuple):
@@ -101,21 +106,41 @@ def read_generation(conn: sqlite3.Connection) -> Generation:
 
 def message_row(message: Message) -> tuple[Any, ...]:
     """The message as ``MESSAGE_COLUMNS``. Raises ValueError for a time that is none."""
-    position, role, name, call_id, text, when, start, stop = astuple(message)
-    if not math.isfinite(when):
-        raise ValueError(f"message {position}: time {when} is not a time")
+    m = message
+    if not math.isfinite(m.time):
+        raise ValueError(f"message {m.index}: time {m.time} is not a time")
     # plain numbers: what SQLite returns must have the same checksum
-    fields = (int(position), role, name, call_id, text, float(when), int(start), int(stop))
-    return (*fields, checksum(*fields))
+    fields = (int(m.index), m.role, m.name, m.call_id, m.text, float(m.time), int(m.start), int(m.end))
+    called = (calls_json(m.calls) if m.calls else None, tools_json(m.tools) if m.tools else None)
+    return (*fields, *called, _message_checksum(*fields, *called))
+
+
+def message_columns(conn: sqlite3.Connection) -> str:
+    """``MESSAGE_COLUMNS`` of a database that a reader found, which may have been made before some of them."""
+    there = {row[1] for row in conn.execute("PRAGMA table_info(messages)")}
+    return ", ".join(name if name in there else f"NULL AS {name}" for name in MESSAGE_COLUMNS.split(", "))
 
 
 def as_messages(rows: Iterable[tuple[Any, ...]]) -> list[Message]:
     """Messages from rows of ``MESSAGE_COLUMNS``."""
     messages = []
     for *fields, crc in rows:
-        expect(crc == checksum(*fields), f"message {fields[0]}")
-        messages.append(Message(*fields))
+        expect(crc == _message_checksum(*fields), f"message {fields[0]}")
+        calls, tools = fields[-2:]
+        message = Message(*fields[:-2])
+        if calls or tools:
+            message = replace(
+                message,
+                calls=calls_from_json(calls) if calls else (),
+                tools=tools_from_json(tools) if tools else (),
+            )
+        messages.append(message)
     return messages
+
+
+def _message_checksum(*fields: object) -> int:
+    """Without tools and calls, the checksum from the time when messages had none."""
+    return checksum(*(fields[:-2] if fields[-2:] == (None, None) else fields))
 
 
 def messages_end(messages: Sequence[Message], last: Generation, tokens: int) -> int:

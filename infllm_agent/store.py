@@ -32,6 +32,7 @@ from infllm_agent.records import (
     expand_runs,
     expect,
     joined_token_ids,
+    message_columns,
     message_row,
     messages_end,
     read_generation,
@@ -204,7 +205,7 @@ class SessionStore:
                 message_end = messages_end(messages, head, tokens)
                 runs, chunk_end = run_lengths(chunks, head.chunk_end, tokens)
                 conn.executemany(
-                    f"INSERT INTO messages ({MESSAGE_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    f"INSERT INTO messages ({MESSAGE_COLUMNS}) VALUES ({', '.join('?' * 11)})",
                     [message_row(message) for message in messages],
                 )
                 conn.executemany(
@@ -238,12 +239,18 @@ class SessionStore:
         with self._using() as conn:
             first, last, _ = slice(start, stop).indices(self.message_count)
             rows = conn.execute(
-                f"SELECT {MESSAGE_COLUMNS} FROM messages WHERE position >= ? AND position < ? ORDER BY position",
+                f"SELECT {message_columns(conn)} FROM messages WHERE position >= ? AND position < ? ORDER BY position",
                 (first, last),
             ).fetchall()
             messages = as_messages(rows)
             expect([m.index for m in messages] == list(range(first, last)), "some messages are missing")
             return messages
+
+    def announcing_message(self) -> Message | None:
+        """The last message that announces tools."""
+        with self._using() as conn:
+            rows = conn.execute("SELECT max(position) FROM messages WHERE tools IS NOT NULL").fetchall()
+            return None if rows[0][0] is None else self.messages(rows[0][0], rows[0][0] + 1)[0]
 
     def token_ids(self, start: int = 0, stop: int | None = None) -> array[int]:
         """The token ids of a slice, as 32-bit integers (``torch.frombuffer(ids, dtype=torch.int32)`` shares them)."""
@@ -269,7 +276,7 @@ class SessionStore:
         """Messages whose text has all the words of ``query``, newest first; any text is a valid query.
 
         Case and accents do not matter. If no message has the words, messages that contain ``query`` literally
-        (parts of words, punctuation, scripts without spaces).
+        (parts of words, punctuation, scripts without spaces), in their text or in the JSON of their calls.
         """
         literal = query.encode("utf-8", "replace").decode("utf-8").strip()
         if not literal or limit < 1:
@@ -281,13 +288,14 @@ class SessionStore:
             rows = []
             if expression:
                 rows = conn.execute(
-                    f"SELECT {MESSAGE_COLUMNS} FROM messages WHERE position IN (SELECT rowid FROM messages_fts"
+                    f"SELECT {message_columns(conn)} FROM messages WHERE position IN (SELECT rowid FROM messages_fts"
                     " WHERE messages_fts MATCH ? ORDER BY rowid DESC LIMIT ?) ORDER BY position DESC",
                     (expression, limit),
                 ).fetchall()
             if not rows:
                 rows = conn.execute(
-                    f"SELECT {MESSAGE_COLUMNS} FROM messages WHERE instr(text, ?) > 0 ORDER BY position DESC LIMIT ?",
+                    f"SELECT * FROM (SELECT {message_columns(conn)} FROM messages)"
+                    " WHERE instr(text, ?1) > 0 OR instr(calls, ?1) > 0 ORDER BY position DESC LIMIT ?2",
                     (literal, limit),
                 ).fetchall()
             return as_messages(rows)
