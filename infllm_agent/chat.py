@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from infllm_agent.errors import InvalidName, UnsupportedModel
 from infllm_agent.grammar import Grammars
 from infllm_agent.tokens import TextEncoder, TextStream, clean_text
-from infllm_agent.toolformat import Frame, Part, ToolFormat
+from infllm_agent.toolformat import ID_HOLE, Frame, Part, ToolFormat, filled, written_id
 from infllm_agent.toolparse import CallReader
 from infllm_agent.tools import ToolCall, ToolSpec, check_name
 
@@ -119,13 +119,20 @@ class ChatFormat:
 
     def render(self, role: str, content: str, *, name: str | None = None, first: bool = False) -> list[int]:
         """The ids of a whole message. ``first``: it begins a session. Content is never altered, not even trimmed."""
-        return self.open(role, name=name, first=first) + self.encoder.encode_text(content) + self.close(role)
+        opened = self.open(role, name=name, first=first)
+        return opened + self.encoder.encode_text(content) + self.close(role, name=name)
 
     def open(
-        self, role: str, *, name: str | None = None, first: bool = False, tools: Sequence[ToolSpec] = ()
+        self,
+        role: str,
+        *,
+        name: str | None = None,
+        first: bool = False,
+        tools: Sequence[ToolSpec] = (),
+        call_id: str | None = None,
     ) -> list[int]:
-        """The ids before a message's content, its label included. ``name`` shows only in labels. ``tools`` are those
-        that a system message announces.
+        """The ids before a message's content, its label included. ``name`` shows only in labels, ``call_id`` only
+        where the template has a place for it. ``tools`` are those that a system message announces.
 
         Raises InvalidName for a role that is none of ``ROLES`` or a name that is not allowed.
         """
@@ -134,21 +141,30 @@ class ChatFormat:
             check_name(name, f"{role} name")
         if tools and role == "system":
             return self._encode_parts(self.tools.open_system(tools, first=first))
-        ids = self._encode_head(wrapper.first if first else wrapper.later)
+        head = wrapper.first if first else wrapper.later
+        ids = self._encode_parts(filled(head, written_id(call_id or name or "")))
         if wrapper.label:
             ids += self.encoder.encode_text(f"{wrapper.label} from {name}:\n" if name else f"{wrapper.label}:\n")
         return ids
 
     def close(
-        self, role: str, *, tools: Sequence[ToolSpec] = (), calls: Sequence[ToolCall] = (), after_text: bool = True
+        self,
+        role: str,
+        *,
+        name: str | None = None,
+        tools: Sequence[ToolSpec] = (),
+        call_id: str | None = None,
+        calls: Sequence[ToolCall] = (),
+        after_text: bool = True,
     ) -> list[int]:
-        """The ids after a message's content: the rest of a system message that announces ``tools``, the ``calls`` of
-        an assistant's message (``after_text``: its content is not empty)."""
+        """The ids after a message's content. Name, tools and call_id are those that ``open`` was given; ``calls`` are
+        those of an assistant's message (``after_text``: its content is not empty)."""
         if tools and role == "system":
             return self._encode_parts(self.tools.close_system(tools))
         if calls and role == "assistant":
             return self.tools.encode_calls(calls, after_text=after_text) + self.close(role)
-        return self.encoder.encode_control(self._wrapper(role).tail)
+        tail = self._wrapper(role).tail
+        return self._encode_parts(filled(tail, written_id(call_id or name or "")))
 
     def generation_prompt(self, first: bool = False) -> list[int]:
         """The ids that ask the model for its turn (none where the end of the user's turn does). It may open a think
@@ -251,7 +267,7 @@ class _Probe:
         return Wrapper(first, to_system.removeprefix(self.assistant_tail), tail)
 
     def _tool(self) -> Wrapper | None:
-        """None where the template refuses tool results, repeats any role's name, or ties them to a call's id."""
+        """None where the template refuses tool results, repeats any role's name, or wants the tool's name."""
 
         def dialogue(role: str) -> str | None:
             result = {"role": role, "content": _S, "name": _TOOL, "tool_call_id": _CALL}
@@ -266,10 +282,11 @@ class _Probe:
             return None
         head, tail = before.removeprefix(self.assistant_tail), after.removesuffix(self.assistant_head)
         echo = dialogue(_NO_ROLE)
-        if any(mark in head + tail for mark in (_TOOL, _CALL)) or (echo and echo.replace(_NO_ROLE, "tool") == text):
+        if _TOOL in head + tail or (echo and echo.replace(_NO_ROLE, "tool") == text):
             return None
         if head.endswith('"') and tail.startswith('"'):  # Llama 3.1 renders the string as JSON; a content is just text
             head, tail = head[:-1], tail[1:]
+        head, tail = head.replace(_CALL, ID_HOLE), tail.replace(_CALL, ID_HOLE)
         return Wrapper(self.preamble + head, head, tail)
 
     def _required(self, messages: list[Message], **options: Any) -> str:

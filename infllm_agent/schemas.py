@@ -13,6 +13,7 @@ from infllm_agent.tools import plain_json
 #: Exactly as ``json.dumps`` writes: white space is no place where a model could go on for ever.
 _STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
+_UNKNOWN_FORMAT = re.compile(r"Unknown format: (\S+)")
 _MAPS_OF_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions")
 _LISTS_OF_SCHEMAS = ("anyOf", "oneOf", "allOf", "prefixItems")
 _SCHEMAS = ("items", "additionalProperties", "not", "if", "then", "else", "contains", "propertyNames")
@@ -35,12 +36,15 @@ def grammar_of(schema: Any, what: str, error_of: Callable[[str], str]) -> str:
         closed = _closed(plain_json(schema))
     except (ValueError, RecursionError) as trouble:
         raise UnsupportedSchema(f"{what} is no JSON: {trouble}") from None
-    expression = _expression(closed)
-    if error := error_of(f"start: {expression}"):
+    error = error_of(f"start: {_expression(closed)}")
+    while unknown := _UNKNOWN_FORMAT.search(error):  # a format that nobody knows asks for nothing
+        closed = _without_format(closed, unknown[1])
+        error = error_of(f"start: {_expression(closed)}")
+    if error:
         path, reason = _at_fault(closed, closed, error, error_of)
         place = f' at "{path}"' if path else ""
         raise UnsupportedSchema(f"{what} cannot be followed{place}: {_reason(reason)}")
-    return expression
+    return _expression(closed)
 
 
 def _expression(schema: dict[str, Any]) -> str:
@@ -62,6 +66,14 @@ def _closed(schema: dict[str, Any]) -> dict[str, Any]:
         return part
 
     return close(schema)
+
+
+def _without_format(schema: dict[str, Any], format: str) -> dict[str, Any]:
+    return {
+        key: _mapped(key, value, lambda part: _without_format(part, format))
+        for key, value in schema.items()
+        if (key, value) != ("format", format)
+    }
 
 
 def _mapped(key: str, value: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:

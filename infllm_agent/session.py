@@ -54,7 +54,7 @@ class MessageStream:
         self._calls, self._tools = calls, tools
         self._start, self._time = session.token_count, time.time()
         self._pieces: list[str] = []
-        session._take(session.chat.open(role, name=name, first=self._start == 0, tools=tools))
+        session._take(session.chat.open(role, name=name, first=self._start == 0, tools=tools, call_id=call_id))
         self._tokens = TextStream(session.chat.encoder)
         self.message: Message | None = None
 
@@ -74,7 +74,12 @@ class MessageStream:
             if self.message is None:
                 text = "".join(self._pieces)
                 close = self._session.chat.close(
-                    self._role, tools=self._tools, calls=self._calls, after_text=bool(text)
+                    self._role,
+                    name=self._name,
+                    tools=self._tools,
+                    call_id=self._call_id,
+                    calls=self._calls,
+                    after_text=bool(text),
                 )
                 self._session._take(self._tokens.close() + close)
                 self.message = self._session._record(

@@ -92,21 +92,33 @@ class CallForm:
         """Whether the name stands in a JSON string."""
         return self.alone.endswith('"')
 
+    @property
+    def is_json(self) -> bool:
+        """Whether what stands between opener and closer is JSON, or a name and JSON."""
+        if not self.quotes_name:
+            return self.alone.strip() == self.opener and re.search(r'["{}\s]', self.middle) is None
+        written = "".join(part.text for part in self.parts([ToolCall("name", {})], after_text=False))
+        try:
+            json.loads(written.strip().removeprefix(self.opener).removesuffix(self.closer))
+        except ValueError:
+            return False
+        return True
+
     def parts(self, calls: Sequence[ToolCall], *, after_text: bool) -> Iterator[Part]:
         """The calls as a model is shown them. A form for one call only is repeated, a line for each."""
         for number, call in enumerate(calls):
-            id = call.id if call.id and CALL_ID.fullmatch(call.id) else short_id(call.id or f"{call.name} {number}")
+            id = written_id(call.id or f"{call.name} {number}")
             if number == 0:
                 yield Part(self.after_text if after_text else self.alone, True)
             elif self.between is None:
                 yield Part("\n" + self.alone, True)
             yield Part(dumps(call.name)[1:-1] if self.quotes_name else call.name, False)
-            yield from _filled(self.middle, id)
+            yield from filled(self.middle, id)
             yield Part(dumps(call.arguments), False)
             if number == len(calls) - 1 or self.between is None:
-                yield from _filled(self.end, id)
+                yield from filled(self.end, id)
             else:
-                yield from _filled(self.between, id)
+                yield from filled(self.between, id)
 
 
 _HERMES = CallForm(
@@ -165,7 +177,8 @@ class ToolFormat:
         self.encoder = encoder
         probe = _Probe(render, encoder.control_texts, system, user, assistant, prompt, stops)
         announcement, form = probe.announcement(), probe.call_form()
-        if announcement and not form and _HERMES.opener in "".join(announcement.frame):
+        told = "".join(announcement.frame) if announcement else ""
+        if form is None and _HERMES.opener in told and '"arguments"' in told:
             form = _HERMES  # SmolLM3's template tells of calls but cannot show one
         self.native = announcement is not None and form is not None
         self.form = form or _HERMES
@@ -196,12 +209,18 @@ def encode_parts(encoder: TextEncoder, parts: Iterator[Part] | Sequence[Part]) -
     ]
 
 
+def written_id(id: str) -> str:
+    """The id as it stands in forms that have one: itself, if it is of their kind."""
+    return id if CALL_ID.fullmatch(id) else short_id(id)
+
+
 def short_id(seed: str) -> str:
     """An id of nine letters and digits, the same for the same seed."""
     return hashlib.sha256(seed.encode("utf-8", "replace")).hexdigest()[:9]
 
 
-def _filled(text: str, id: str) -> Iterator[Part]:
+def filled(text: str, id: str) -> Iterator[Part]:
+    """Control text with an id, which comes from outside, in its holes."""
     for number, piece in enumerate(text.split(ID_HOLE)):
         if number:
             yield Part(id, False)
@@ -336,13 +355,14 @@ class _Probe:
             end_of_two = self._before_stop(rest.partition(two[1][1])[2])
             if not found or end_of_two is None or _holed(end_of_two) != _holed(end):
                 between = None
-        return CallForm(
+        form = CallForm(
             alone=_holed(alone),
             after_text=_holed(after_text),
             middle=_holed(middle),
             between=None if between is None else _holed(between),
             end=_holed(end),
         )
+        return form if form.is_json else None
 
     def _calls(self, count: int, content: str) -> tuple[str, list[str]] | None:
         """A conversation with an assistant's message of so many calls, and the arguments as they stand in it."""

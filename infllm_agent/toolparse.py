@@ -7,6 +7,7 @@ their text each such token is a lone surrogate, which no decoding ever gives.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -138,10 +139,10 @@ class CallReader:
         begin = _past_space(coded, start + len(self.opener))
         try:
             if not self.closer and (named := self._named.match(coded, begin)):
-                arguments, end = load_first(coded, named.end())
+                arguments, end = self._load(coded, named.end())
                 calls = [_call({"name": named[1], "arguments": arguments, "id": named[2] or None})]
             else:
-                value, end = load_first(coded, begin)
+                value, end = self._load(coded, begin)
                 calls = [_call(item) for item in (value if isinstance(value, list) else [value])]
                 if not calls:
                     raise _NoCall("it is an empty list")
@@ -152,8 +153,17 @@ class CallReader:
                 end += len(self.closer)
             return _Found(start, end, calls)
         except (ValueError, RecursionError) as error:
-            reason = str(error) if isinstance(error, _NoCall) else f"it is no JSON: {error}"
+            reason = _reason(error)
             return _Found(start, self._end_of_invalid(coded, begin), [], reason)
+
+    def _load(self, coded: str, start: int) -> tuple[Any, int]:
+        """The JSON value that begins at ``start``, and where it ends. A marker in one of its texts is part of that."""
+        value, length = load_first(self.plain(coded[start:]), 0)
+        end = start
+        while length > 0:
+            length -= len(self.plain(coded[end]))
+            end += 1
+        return value, end
 
     def _end_of_invalid(self, coded: str, begin: int) -> int:
         """To its closer, else to the next call, else to the end."""
@@ -173,7 +183,7 @@ class CallReader:
             return
         try:
             while place < len(coded):
-                value, place = load_first(coded, place)
+                value, place = self._load(coded, place)
                 if not tagged and not _looks_like_call(value):
                     return  # an answer that is JSON
                 calls.append(_call(value))
@@ -185,7 +195,7 @@ class CallReader:
             if calls:
                 yield _Found(start, len(coded), calls)
         except (ValueError, RecursionError) as error:
-            reason = str(error) if isinstance(error, _NoCall) else f"it is no JSON: {error}"
+            reason = _reason(error)
             if tagged or calls or re.match(r'\{\s*"name"', coded[start:]):
                 yield _Found(start, len(coded), [], reason)
 
@@ -220,6 +230,12 @@ def _call(item: Any) -> ToolCall:
         raise _NoCall(f"its arguments are {dumps(arguments):.40}, not an object")
     id = item.get("id")
     return ToolCall(name, arguments, plain_json(id) if isinstance(id, str) and id else None)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, _NoCall):
+        return str(error)
+    return f"it is no JSON: {error.msg if isinstance(error, json.JSONDecodeError) else error}"
 
 
 def _looks_like_call(value: Any) -> bool:
