@@ -364,7 +364,10 @@ class Session:
                     break
                 with self._working():
                     self.memory.recorder = trace if len(writer.generated) < TRACE_TOKENS else None
-                    logits = self._feed(len(tokens))
+                    try:
+                        logits = self._feed(len(tokens))
+                    except Cancelled:  # between chunks of forced tokens
+                        break
                 tokens = []
             if piece := writer.finish("cancelled"):
                 yield piece
