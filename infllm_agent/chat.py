@@ -20,7 +20,11 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from infllm_agent.errors import InvalidName, UnsupportedModel
+from infllm_agent.grammar import Grammars
 from infllm_agent.tokens import TextEncoder, TextStream, clean_text
+from infllm_agent.toolformat import ID_HOLE, Frame, Part, ToolFormat, filled, written_id
+from infllm_agent.toolparse import CallReader
+from infllm_agent.tools import ToolCall, ToolSpec, check_name
 
 __all__ = ["ROLES", "ChatFormat", "Role", "TextEncoder", "TextStream", "Wrapper", "check_name", "clean_text"]
 
@@ -45,7 +49,6 @@ PLAIN_TEMPLATE = """\
 _DATE_MACRO = "{%- macro strftime_now(format) -%}\ue000{{ format }}\ue001{%- endmacro -%}"
 _DATE_MARK = re.compile("\ue000(.*?)\ue001", re.DOTALL)
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _LABELS = {"tool": "Tool result", "observation": "Observation"}
 
 # Contents that no template holds or changes: plain words, each of its own.
@@ -64,15 +67,6 @@ class Wrapper:
     later: str
     tail: str
     label: str = ""  # the first words of a content whose role the template does not know
-
-
-def check_name(name: str, what: str = "name") -> str:
-    """The name itself, if it may stand in a label; else InvalidName."""
-    if not _NAME.fullmatch(name):
-        raise InvalidName(
-            f"{what} {name!r} is not allowed: at most 64 letters, digits, '_', '.', '-', the first a letter or digit"
-        )
-    return name
 
 
 class ChatFormat:
@@ -100,7 +94,8 @@ class ChatFormat:
         self._tokenizer = tokenizer
         self._clock = clock
         self._template = _template_of(tokenizer)
-        probe = _Probe(_renderer(tokenizer, self._template, template_options or {}), self.encoder, tokenizer.bos_token)
+        render = _renderer(tokenizer, self._template, template_options or {})
+        probe = _Probe(render, self.encoder, tokenizer.bos_token)
         self.wrappers: dict[Role, Wrapper] = probe.wrappers()
         self._preamble, self._prompt = probe.preamble, probe.prompt
         self._assistant_tail = self.close("assistant")
@@ -108,27 +103,79 @@ class ChatFormat:
         self.stop_ids: frozenset[int] = frozenset(
             [*self._ending_ids(), *more, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])]
         )
+        system, user, assistant = (self.wrappers[role] for role in ("system", "user", "assistant"))
+        self.tools = ToolFormat(
+            render,
+            self.encoder,
+            system=Frame(system.first, system.later, system.tail),
+            user=Frame(user.first, user.later, user.tail),
+            assistant=Frame(assistant.first, assistant.later, assistant.tail),
+            prompt=probe.prompt,
+            stops=[assistant.tail, *(self.encoder.backend.id_to_token(token) or "" for token in self.stop_ids)],
+        )
+        self.reader = CallReader(self.tools.form, self.encoder)
+        self.grammars = Grammars(self.encoder, self.stop_ids)
+        self.default_system = _enclosed(probe.preamble, system)
 
-    def render(self, role: str, content: str, *, name: str | None = None, first: bool = False) -> list[int]:
+    def render(
+        self,
+        role: str,
+        content: str,
+        *,
+        name: str | None = None,
+        call_id: str | None = None,
+        calls: Sequence[ToolCall] = (),
+        tools: Sequence[ToolSpec] = (),
+        first: bool = False,
+    ) -> list[int]:
         """The ids of a whole message. ``first``: it begins a session. Content is never altered, not even trimmed."""
-        return self.open(role, name=name, first=first) + self.encoder.encode_text(content) + self.close(role)
+        before = self.open(role, name=name, first=first, tools=tools, call_id=call_id)
+        after = self.close(role, name=name, tools=tools, calls=calls, after_text=bool(content))
+        return before + self.encoder.encode_text(content) + after
 
-    def open(self, role: str, *, name: str | None = None, first: bool = False) -> list[int]:
-        """The ids before a message's content, its label included. ``name`` shows only in labels.
+    def open(
+        self,
+        role: str,
+        *,
+        name: str | None = None,
+        first: bool = False,
+        tools: Sequence[ToolSpec] = (),
+        call_id: str | None = None,
+    ) -> list[int]:
+        """The ids before a message's content, its label included. ``name`` shows only in labels, ``call_id`` only
+        where the template has a place for it. ``tools`` are those that a system message announces.
 
         Raises InvalidName for a role that is none of ``ROLES`` or a name that is not allowed.
         """
         wrapper = self._wrapper(role)
         if name is not None:
             check_name(name, f"{role} name")
-        ids = self._encode_head(wrapper.first if first else wrapper.later)
+        if tools and role == "system":
+            return self._encode_parts(self.tools.open_system(tools, first=first))
+        head = wrapper.first if first else wrapper.later
+        ids = self._encode_parts(filled(head, written_id(call_id or name or "")))
         if wrapper.label:
             ids += self.encoder.encode_text(f"{wrapper.label} from {name}:\n" if name else f"{wrapper.label}:\n")
         return ids
 
-    def close(self, role: str) -> list[int]:
-        """The ids after a message's content."""
-        return self.encoder.encode_control(self._wrapper(role).tail)
+    def close(
+        self,
+        role: str,
+        *,
+        name: str | None = None,
+        tools: Sequence[ToolSpec] = (),
+        call_id: str | None = None,
+        calls: Sequence[ToolCall] = (),
+        after_text: bool = True,
+    ) -> list[int]:
+        """The ids after a message's content. Name, tools and call_id are those that ``open`` was given; ``calls`` are
+        those of an assistant's message (``after_text``: its content is not empty)."""
+        if tools and role == "system":
+            return self._encode_parts(self.tools.close_system(tools))
+        if calls and role == "assistant":
+            return self.tools.encode_calls(calls, after_text=after_text) + self.close(role)
+        tail = self._wrapper(role).tail
+        return self._encode_parts(filled(tail, written_id(call_id or name or "")))
 
     def generation_prompt(self, first: bool = False) -> list[int]:
         """The ids that ask the model for its turn (none where the end of the user's turn does). It may open a think
@@ -163,6 +210,10 @@ class ChatFormat:
 
     def _encode_head(self, text: str) -> list[int]:
         return self.encoder.encode_control(_DATE_MARK.sub(lambda mark: self._clock().strftime(mark[1]), text))
+
+    def _encode_parts(self, parts: Iterable[Part]) -> list[int]:
+        encode = self.encoder.encode_text
+        return [token for text, control in parts for token in (self._encode_head(text) if control else encode(text))]
 
     def _ending_ids(self) -> list[int]:
         """The first run of control ids in the assistant's tail: each of them says that the turn is over."""
@@ -227,7 +278,7 @@ class _Probe:
         return Wrapper(first, to_system.removeprefix(self.assistant_tail), tail)
 
     def _tool(self) -> Wrapper | None:
-        """None where the template refuses tool results, repeats any role's name, or ties them to a call's id."""
+        """None where the template refuses tool results, repeats any role's name, or wants the tool's name."""
 
         def dialogue(role: str) -> str | None:
             result = {"role": role, "content": _S, "name": _TOOL, "tool_call_id": _CALL}
@@ -242,10 +293,11 @@ class _Probe:
             return None
         head, tail = before.removeprefix(self.assistant_tail), after.removesuffix(self.assistant_head)
         echo = dialogue(_NO_ROLE)
-        if any(mark in head + tail for mark in (_TOOL, _CALL)) or (echo and echo.replace(_NO_ROLE, "tool") == text):
+        if _TOOL in head + tail or (echo and echo.replace(_NO_ROLE, "tool") == text):
             return None
         if head.endswith('"') and tail.startswith('"'):  # Llama 3.1 renders the string as JSON; a content is just text
             head, tail = head[:-1], tail[1:]
+        head, tail = head.replace(_CALL, ID_HOLE), tail.replace(_CALL, ID_HOLE)
         return Wrapper(self.preamble + head, head, tail)
 
     def _required(self, messages: list[Message], **options: Any) -> str:
@@ -272,6 +324,14 @@ class _Probe:
                 break
             shared += units[0]
         return shared
+
+
+def _enclosed(preamble: str, system: Wrapper) -> str:
+    """The content of the system message that a template begins with by itself, or nothing."""
+    if not (preamble.startswith(system.first) and preamble.endswith(system.tail)):
+        return ""
+    content = preamble[len(system.first) : len(preamble) - len(system.tail)]
+    return "" if _DATE_MARK.search(content) else content
 
 
 def _message(role: str, content: str) -> Message:

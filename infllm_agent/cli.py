@@ -6,6 +6,7 @@ searches, mistakes) must not wait for one: torch and all that needs it are impor
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import tempfile
@@ -175,6 +176,9 @@ def ask(
     session: SessionName,
     question: Annotated[str, typer.Argument(metavar="QUESTION", show_default=False)],
     prefix: Annotated[str, typer.Option(help="Words that the answer begins with.", show_default=False)] = "",
+    schema: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Answer with JSON, valid under this JSON schema.")
+    ] = None,
     as_json: AsJson = False,
     *,
     where: RuntimeOptions,
@@ -185,10 +189,13 @@ def ask(
     if not question.strip():
         raise typer.BadParameter("it is empty", param_hint="QUESTION")
     SamplingConfig(**sampling)  # a mistake is told before the model is loaded
+    form = {} if schema is None else {"schema": _read_schema(schema)}
     with _open_session(session, where, memory, create=False) as (target, _):
+        if schema is not None:
+            target.chat.grammars.schema(form["schema"])  # refused before the question is taken in
         asked = target.append_user(question)
         # Closed whatever happens, so that an answer nobody reads to its end is kept as far as it came.
-        with closing(target.stream_reply(prefix=prefix, **sampling)) as pieces:
+        with closing(target.stream_reply(prefix=prefix, **form, **sampling)) as pieces:
             for piece in pieces:
                 if not as_json:
                     write_piece(piece)
@@ -206,11 +213,19 @@ def ask(
             raise Cancelled("the answer was stopped")
 
 
+def _read_schema(path: Path) -> Any:
+    try:
+        return json.loads(path.expanduser().read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise typer.BadParameter(f"{path} holds no JSON: {reason}", param_hint="--schema") from None
+
+
 def _reply_fields(reply: Reply) -> dict[str, Any]:
     usage = reply.usage
     return {
         "text": reply.text,
-        "tool_calls": list(reply.tool_calls),
+        "tool_calls": [{"name": call.name, "arguments": call.arguments, "id": call.id} for call in reply.tool_calls],
         "usage": {
             "input_tokens": usage.input_tokens,
             "prefilled_tokens": usage.prefilled_tokens,

@@ -75,6 +75,14 @@ def _session_001(db: Database) -> None:
     )
 
 
+@SESSION_SCHEMA(name="002_tools")
+def _session_002(db: Database) -> None:
+    # JSON: the calls that an assistant's message makes, the tools that a system message announces; NULL: none
+    db.execute("ALTER TABLE messages ADD COLUMN calls TEXT")
+    db.execute("ALTER TABLE messages ADD COLUMN tools TEXT")
+    db.execute("CREATE INDEX messages_tools ON messages (position) WHERE tools IS NOT NULL")
+
+
 @CATALOG_SCHEMA(name="001_catalog")
 def _catalog_001(db: Database) -> None:
     db.execute(
@@ -83,6 +91,10 @@ def _catalog_001(db: Database) -> None:
             tokens INTEGER NOT NULL, blocks INTEGER NOT NULL, bytes_on_disk INTEGER NOT NULL,
             created REAL NOT NULL, updated REAL NOT NULL, model TEXT NOT NULL)"""
     )
+
+
+#: Migrations that only add columns: whoever just reads can do without them.
+ADDITIONS = frozenset({"002_tools"})
 
 
 @contextmanager
@@ -194,8 +206,10 @@ def _reader(path: Path) -> sqlite3.Connection:
 
 
 def _bring_up_to_date(db: Database, schema: Migrations, path: Path, *, readonly: bool, create: bool) -> None:
-    if _missing(db, schema, path, create=create):
+    if missing := _missing(db, schema, path, create=create):
         if readonly:
+            if missing <= ADDITIONS:
+                return
             raise StorageError(f"{path} was made by an older version; open it for writing once to upgrade it")
         with transaction(db.conn):
             # Asked again inside: another process may have upgraded it in the meantime.
@@ -203,8 +217,8 @@ def _bring_up_to_date(db: Database, schema: Migrations, path: Path, *, readonly:
                 schema.apply(db)
 
 
-def _missing(db: Database, schema: Migrations, path: Path, *, create: bool) -> bool:
-    """Whether migrations are to be applied. Raises where this is no database that they could be applied to."""
+def _missing(db: Database, schema: Migrations, path: Path, *, create: bool) -> frozenset[str]:
+    """The migrations that are to be applied. Raises where this is no database that they could be applied to."""
     if db.execute("SELECT 1 FROM sqlite_master WHERE name = '_sqlite_migrations'").fetchone():
         rows = db.execute("SELECT name FROM _sqlite_migrations WHERE migration_set = ?", [schema.name]).fetchall()
         applied = {str(name) for (name,) in rows}
@@ -215,7 +229,7 @@ def _missing(db: Database, schema: Migrations, path: Path, *, create: bool) -> b
         raise StorageError(f"{path} was made by a newer version ({max(applied - known)}); upgrade infllm-agent")
     if not applied and not create:
         raise CorruptSession(f"{path} is damaged: no database of infllm-agent")
-    return applied != known
+    return known - applied
 
 
 @cache

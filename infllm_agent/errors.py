@@ -67,3 +67,7 @@ class SessionBusy(InfLLMError):
 
 class Cancelled(InfLLMError):
     """The work was stopped on request, between two chunks. Everything taken in so far is kept."""
+
+
+class UnsupportedSchema(ConfigError):
+    """A JSON schema that is malformed, cannot be satisfied, or asks for what decoding cannot hold an answer to."""

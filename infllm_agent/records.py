@@ -12,11 +12,13 @@ import sys
 import zlib
 from array import array
 from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from infllm_agent.tools import ToolCall, ToolSpec, calls_from_json, calls_json, tools_from_json, tools_json
+
 TOKENS_PER_ROW = 1 << 16  # keeps a slice of a long log cheap to read
-MESSAGE_COLUMNS = "position, role, name, call_id, text, time, start, stop, crc"
+MESSAGE_COLUMNS = "position, role, name, call_id, text, time, start, stop, calls, tools, crc"
 
 
 class Damaged(sqlite3.DatabaseError):
@@ -27,7 +29,8 @@ class Damaged(sqlite3.DatabaseError):
 class Message:
     """A message as it was given; ``start`` and ``end`` are its span [start, end) in the session's token log.
 
-    ``index`` counts from 0 and ``time`` is in unix seconds (UTC).
+    ``index`` counts from 0 and ``time`` is in unix seconds (UTC). ``calls`` are made by an assistant's message, whose
+    text is without them: a text may spell what is no call. ``tools`` are announced by a system message.
     """
 
     index: int
@@ -38,6 +41,8 @@ class Message:
     time: float
     start: int
     end: int
+    calls: tuple[ToolCall, ...] = ()
+    tools: tuple[ToolSpec, ...] = ()
 
 
 class Log(NamedTuple):
@@ -126,7 +131,7 @@ def append_rows(conn: sqlite3.Connection, last: Generation, log: Log) -> Generat
     message_end = messages_end(log.messages, last, tokens)
     runs, chunk_end = run_lengths(log.chunks, last.chunk_end, tokens)
     conn.executemany(
-        f"INSERT INTO messages ({MESSAGE_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        f"INSERT INTO messages ({MESSAGE_COLUMNS}) VALUES ({', '.join('?' * 11)})",
         [message_row(message) for message in log.messages],
     )
     conn.executemany("INSERT INTO messages_fts (rowid, text) VALUES (?, ?)", [(m.index, m.text) for m in log.messages])
@@ -146,7 +151,11 @@ def copy_rows(conn: sqlite3.Connection, kept: Extent) -> Generation:
 
     Returns a generation, not yet written, that reaches as far as they do.
     """
-    conn.execute("INSERT INTO messages SELECT * FROM source.messages WHERE position < ?", (kept.messages,))
+    columns = message_columns(conn, "source")
+    conn.execute(
+        f"INSERT INTO messages ({MESSAGE_COLUMNS}) SELECT {columns} FROM source.messages WHERE position < ?",
+        (kept.messages,),
+    )
     conn.execute("INSERT INTO messages_fts (messages_fts) VALUES ('rebuild')")
     conn.execute(
         "INSERT INTO tokens SELECT * FROM source.tokens WHERE start + length(ids) / 4 <= ? ORDER BY start",
@@ -177,21 +186,41 @@ def chunk_run(conn: sqlite3.Connection, token: int) -> tuple[int, int, int]:
 
 def message_row(message: Message) -> tuple[Any, ...]:
     """The message as ``MESSAGE_COLUMNS``. Raises ValueError for a time that is none."""
-    position, role, name, call_id, text, when, start, stop = astuple(message)
-    if not math.isfinite(when):
-        raise ValueError(f"message {position}: time {when} is not a time")
+    m = message
+    if not math.isfinite(m.time):
+        raise ValueError(f"message {m.index}: time {m.time} is not a time")
     # plain numbers: what SQLite returns must have the same checksum
-    fields = (int(position), role, name, call_id, text, float(when), int(start), int(stop))
-    return (*fields, checksum(*fields))
+    fields = (int(m.index), m.role, m.name, m.call_id, m.text, float(m.time), int(m.start), int(m.end))
+    called = (calls_json(m.calls) if m.calls else None, tools_json(m.tools) if m.tools else None)
+    return (*fields, *called, _message_checksum(*fields, *called))
+
+
+def message_columns(conn: sqlite3.Connection, schema: str = "main") -> str:
+    """``MESSAGE_COLUMNS`` of a database that a reader found, which may have been made before some of them."""
+    there = {row[1] for row in conn.execute(f"PRAGMA {schema}.table_info(messages)")}
+    return ", ".join(name if name in there else f"NULL AS {name}" for name in MESSAGE_COLUMNS.split(", "))
 
 
 def as_messages(rows: Iterable[tuple[Any, ...]]) -> list[Message]:
     """Messages from rows of ``MESSAGE_COLUMNS``."""
     messages = []
     for *fields, crc in rows:
-        expect(crc == checksum(*fields), f"message {fields[0]}")
-        messages.append(Message(*fields))
+        expect(crc == _message_checksum(*fields), f"message {fields[0]}")
+        calls, tools = fields[-2:]
+        message = Message(*fields[:-2])
+        if calls or tools:
+            message = replace(
+                message,
+                calls=calls_from_json(calls) if calls else (),
+                tools=tools_from_json(tools) if tools else (),
+            )
+        messages.append(message)
     return messages
+
+
+def _message_checksum(*fields: object) -> int:
+    """Without tools and calls, the checksum from the time when messages had none."""
+    return checksum(*(fields[:-2] if fields[-2:] == (None, None) else fields))
 
 
 def messages_end(messages: Sequence[Message], last: Generation, tokens: int) -> int:

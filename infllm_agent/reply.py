@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from infllm_agent.records import Message
+from infllm_agent.tools import InvalidCall, ToolCall
 from infllm_agent.trace import Trace
 
 
@@ -24,7 +24,9 @@ class Reply:
     """One answer.
 
     Attributes:
-        finish_reason: ``stop`` (the model ended its turn, or a stop sequence), ``length`` (max_tokens), or
+        text: without the calls; what was to be a call and is none stands in it as it was written.
+        finish_reason: ``stop`` (the model ended its turn, the structure it was held to is complete, or a stop
+            sequence), ``tool_calls`` (the same, and there are calls), ``length`` (cut off by max_tokens), or
             ``cancelled``.
         first_token_s: seconds from the call to the first generated token.
         trace: what the first tokens of the answer attended to.
@@ -38,4 +40,5 @@ class Reply:
     seconds: float
     trace: Trace
     message: Message
-    tool_calls: tuple[dict[str, Any], ...] = ()
+    tool_calls: tuple[ToolCall, ...] = ()
+    invalid_calls: tuple[InvalidCall, ...] = ()

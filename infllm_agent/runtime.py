@@ -103,6 +103,19 @@ class AgentRuntime:
             self._sessions[name] = fork
         return fork
 
+    def is_open(self, name: str) -> bool:
+        """Whether this runtime has the session open."""
+        with self._lock:
+            session = self._sessions.get(name)
+            return session is not None and not session.closed
+
+    def release(self, name: str) -> None:
+        """Commit and close a session, if it is open here; ``session`` opens it again."""
+        with self._lock:
+            if (session := self._sessions.pop(name, None)) is not None and not session.closed:
+                with session:
+                    session.abandon_stream()
+
     def sessions(self) -> Sequence[SessionInfo]:
         """All sessions under the root, by name, as of their last commits."""
         return Catalog(self.root).list()
@@ -122,8 +135,7 @@ class AgentRuntime:
         """Commit and close every open session."""
         with self._lock:
             for name in list(self._sessions):
-                with self._sessions.pop(name) as session:
-                    session.abandon_stream()
+                self.release(name)
 
     def __enter__(self) -> AgentRuntime:
         return self

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -16,16 +17,19 @@ from infllm_agent import snapshot
 from infllm_agent.chat import ChatFormat, TextStream
 from infllm_agent.config import MemoryConfig, SamplingConfig
 from infllm_agent.database import storage_errors
-from infllm_agent.errors import Cancelled, InfLLMError, SessionBusy, SessionClosed
+from infllm_agent.errors import Cancelled, ConfigError, InfLLMError, SessionBusy, SessionClosed
 from infllm_agent.fork import check_messages, replay, write_fork
-from infllm_agent.generate import Sampler, TextPieces
+from infllm_agent.grammar import Constraint
 from infllm_agent.memory import ContextMemory
 from infllm_agent.model import LocalModel
 from infllm_agent.records import Extent, Log, Message
 from infllm_agent.reply import Reply, Usage
 from infllm_agent.store import SessionStore
 from infllm_agent.tailfile import read_tail, remove_other_tails, write_tail
+from infllm_agent.toolformat import short_id
+from infllm_agent.tools import ToolCall, ToolSpec
 from infllm_agent.trace import Trace
+from infllm_agent.writer import Writer
 
 #: How many tokens of an answer its trace looks at.
 TRACE_TOKENS = 16
@@ -37,12 +41,21 @@ class MessageStream:
     Use it in a ``with`` statement. If the block fails, the message is closed with what had arrived.
     """
 
-    def __init__(self, session: Session, role: str, name: str | None, call_id: str | None) -> None:
+    def __init__(
+        self,
+        session: Session,
+        role: str,
+        name: str | None,
+        call_id: str | None,
+        calls: tuple[ToolCall, ...],
+        tools: tuple[ToolSpec, ...],
+    ) -> None:
         self._session = session
         self._role, self._name, self._call_id = role, name, call_id
+        self._calls, self._tools = calls, tools
         self._start, self._time = session.token_count, time.time()
         self._pieces: list[str] = []
-        session._take(session.chat.open(role, name=name, first=self._start == 0))
+        session._take(session.chat.open(role, name=name, first=self._start == 0, tools=tools, call_id=call_id))
         self._tokens = TextStream(session.chat.encoder)
         self.message: Message | None = None
 
@@ -60,9 +73,18 @@ class MessageStream:
         """Complete the message; more than once does no harm."""
         with self._session._working():
             if self.message is None:
-                self._session._take(self._tokens.close() + self._session.chat.close(self._role))
+                text = "".join(self._pieces)
+                close = self._session.chat.close(
+                    self._role,
+                    name=self._name,
+                    tools=self._tools,
+                    call_id=self._call_id,
+                    calls=self._calls,
+                    after_text=bool(text),
+                )
+                self._session._take(self._tokens.close() + close)
                 self.message = self._session._record(
-                    self._role, "".join(self._pieces), self._start, self._time, self._name, self._call_id
+                    self._role, text, self._start, self._time, self._name, self._call_id, self._calls, self._tools
                 )
                 self._session._stream = None
                 self._session.ingest()
@@ -144,6 +166,11 @@ class Session:
             return [*self.store.chunks(), *self._new_chunks]
 
     @property
+    def tools(self) -> tuple[ToolSpec, ...]:
+        """The tools that the session announced last."""
+        return self._tools
+
+    @property
     def usage(self) -> dict[str, Any]:
         """Sizes, in the form of ``sessions show``: messages, tokens, blocks, bytes by tier."""
         with self._working():
@@ -160,30 +187,43 @@ class Session:
 
     # -- what comes in ---------------------------------------------------------------------------------------------
 
-    def append(self, role: str, text: str, *, name: str | None = None, call_id: str | None = None) -> Message:
+    def append(
+        self,
+        role: str,
+        text: str,
+        *,
+        name: str | None = None,
+        call_id: str | None = None,
+        calls: Sequence[ToolCall] = (),
+        tools: Sequence[ToolSpec] = (),
+    ) -> Message:
         """Append a whole message.
 
         Args:
             role: ``system``, ``user``, ``assistant``, ``observation`` or ``tool``.
             text: any text; what looks like control tokens in it stays text.
             name: of the tool or the source of an observation.
+            call_id: of the call that a tool's result answers.
+            calls: that an assistant's message makes, after its text.
+            tools: that a system message announces.
 
         Raises:
             InvalidName: an unknown role, or a name outside its alphabet.
+            ConfigError: calls or tools in a message of another role.
             SessionBusy: a streamed message is open.
         """
-        with self.stream(role, name=name, call_id=call_id) as stream:
+        with self._stream_message(role, name, call_id, tuple(calls), tuple(tools)) as stream:
             stream.write(text)
         return stream.close()
 
-    def append_system(self, text: str) -> Message:
-        return self.append("system", text)
+    def append_system(self, text: str, *, tools: Sequence[ToolSpec] = ()) -> Message:
+        return self.append("system", text, tools=tools)
 
     def append_user(self, text: str) -> Message:
         return self.append("user", text)
 
-    def append_assistant(self, text: str) -> Message:
-        return self.append("assistant", text)
+    def append_assistant(self, text: str, *, calls: Sequence[ToolCall] = ()) -> Message:
+        return self.append("assistant", text, calls=calls)
 
     def append_observation(self, text: str, name: str | None = None) -> Message:
         return self.append("observation", text, name=name)
@@ -193,9 +233,23 @@ class Session:
 
     def stream(self, role: str, *, name: str | None = None, call_id: str | None = None) -> MessageStream:
         """A message that arrives in pieces. No other message or reply is possible until it is closed."""
+        return self._stream_message(role, name, call_id, (), ())
+
+    def _stream_message(
+        self,
+        role: str,
+        name: str | None,
+        call_id: str | None,
+        calls: tuple[ToolCall, ...],
+        tools: tuple[ToolSpec, ...],
+    ) -> MessageStream:
+        if (calls and role != "assistant") or (tools and role != "system"):
+            raise ConfigError(
+                f"a message of the {role} has no calls and no tools: the assistant calls, the system tells"
+            )
         with self._working():
             self._idle()
-            stream = MessageStream(self, role, name, call_id)
+            stream = MessageStream(self, role, name, call_id, calls, tools)
             self._stream = stream
             return stream
 
@@ -217,35 +271,73 @@ class Session:
 
     # -- what goes out ---------------------------------------------------------------------------------------------
 
-    def reply(self, *, prefix: str = "", **sampling: Any) -> Reply:
-        """The model's answer to the session as it stands.
-
-        Args:
-            prefix: words that the answer begins with; part of its text.
-            sampling: fields of ``SamplingConfig``.
-
-        Raises:
-            ConfigError: an unknown or impossible sampling parameter.
-            SessionBusy: a streamed message is open.
-        """
-        for _ in self.stream_reply(prefix=prefix, **sampling):
+    def reply(self, **options: Any) -> Reply:
+        """The model's answer to the session as it stands. Options and errors are those of ``stream_reply``."""
+        for _ in self.stream_reply(**options):
             pass
         assert self.last_reply is not None
         return self.last_reply
 
-    def stream_reply(self, *, prefix: str = "", **sampling: Any) -> Generator[str, None, None]:
+    def stream_reply(
+        self,
+        *,
+        prefix: str = "",
+        tools: Sequence[ToolSpec] | None = None,
+        tool_choice: str = "auto",
+        parallel_calls: bool = True,
+        schema: dict[str, Any] | None = None,
+        **sampling: Any,
+    ) -> Generator[str, None, None]:
         """As ``reply``, giving the text piece by piece; afterwards the answer is ``last_reply``.
 
         If the iterator is closed early, or ``cancelled`` says so, the answer so far is kept as the message.
+
+        Args:
+            prefix: words that the answer begins with; part of its text.
+            tools: that may be called; None: those that the session announces.
+            tool_choice: ``auto`` (the model decides), ``none``, ``any`` (one call at least), or a tool's name.
+            parallel_calls: whether there may be several calls.
+            schema: a JSON schema that the text of the answer is valid under. There are no calls then, unless ``tools``
+                are given with it: the answer is calls or JSON.
+            sampling: fields of ``SamplingConfig``.
+
+        Raises:
+            ConfigError: an unknown or impossible parameter; a prefix with which the answer cannot begin.
+            UnsupportedSchema: a schema, or a tool's parameters, that the answer cannot be held to.
+            SessionBusy: a streamed message is open.
         """
         config = SamplingConfig(**sampling)
         with self._working():
             self._idle()
             if self.message_count == 0:
                 raise InfLLMError(f'session "{self.name}" is empty: append a message before asking for a reply')
-        return self._generate(config, self.chat.encoder.clean(prefix))
+            prefix = self.chat.encoder.clean(prefix)
+            if tools is None:
+                tools = self.tools if schema is None else ()
+            constraint = self._constraint(tools, tool_choice, parallel_calls, schema)
+            if constraint is not None and not constraint.start_with(self.chat.encoder.encode_text(prefix)):
+                raise ConfigError(f"the answer cannot begin with the prefix {prefix!r:.60}: its form does not allow it")
+            names = frozenset(tool.name for tool in tools) if tools else None
+            writer = Writer(self.chat, config, prefix=prefix, constraint=constraint, names=names)
+        return self._generate(writer, prefix)
 
-    def _generate(self, config: SamplingConfig, prefix: str) -> Generator[str, None, None]:
+    def _constraint(
+        self, tools: Sequence[ToolSpec], tool_choice: str, parallel_calls: bool, schema: dict[str, Any] | None
+    ) -> Constraint | None:
+        chat = self.chat
+        if schema is not None:
+            if tool_choice not in ("auto", "none"):
+                raise ConfigError(f'schema and tool_choice "{tool_choice}" contradict each other: give one of them')
+            if tools and tool_choice == "auto":
+                return chat.grammars.calls_or_schema(
+                    chat.tools.form, chat.reader, tools, schema, parallel=parallel_calls
+                )
+            return chat.grammars.schema(schema)
+        if not tools and tool_choice in ("auto", "none"):
+            return None
+        return chat.grammars.calls(chat.tools.form, chat.reader, tools, tool_choice, parallel=parallel_calls)
+
+    def _generate(self, writer: Writer, prefix: str) -> Generator[str, None, None]:
         # The lock is not held between pieces: the caller may take them from different threads.
         with self._working():
             self._idle()
@@ -270,50 +362,59 @@ class Session:
                 self._record("assistant", prefix, start, written, None, None)
             raise
         input_tokens, prefilled = self.token_count, self.memory.length - fed_before
-        sampler, pieces = Sampler(config), TextPieces(self.chat.encoder.backend, config.stop)
-        generated: list[int] = []
-        finish_reason, first_token_s = "cancelled", 0.0
+        first_token_s = 0.0
         try:
             if prefix:
                 yield prefix
+            tokens, piece = writer.begin()
             while True:
-                assert logits is not None
-                token = sampler.pick(logits, generated)
+                if not tokens and not writer.finish_reason:
+                    assert logits is not None
+                    tokens, piece = writer.write(logits)
                 first_token_s = first_token_s or time.perf_counter() - began
-                generated.append(token)
-                self._take([token])
-                if token in self.chat.stop_ids:
-                    finish_reason = "stop"
-                    break
-                if piece := pieces.add(token):
+                self._take(tokens)
+                if piece:
                     yield piece
-                if pieces.stopped or len(generated) >= config.max_tokens:
-                    finish_reason = "stop" if pieces.stopped else "length"
-                    break
-                if self.cancelled():
+                if writer.finish_reason or self.cancelled():
                     break
                 with self._working():
-                    self.memory.recorder = trace if len(generated) < TRACE_TOKENS else None
-                    logits = self._feed(1)
-            if piece := pieces.finish():
+                    self.memory.recorder = trace if len(writer.generated) < TRACE_TOKENS else None
+                    try:
+                        logits = self._feed(len(tokens))
+                    except Cancelled:  # between chunks of forced tokens
+                        break
+                tokens = []
+            if piece := writer.finish("cancelled"):
                 yield piece
         finally:
             # Also when the caller leaves early: the turn is closed with what was said.
             self.memory.recorder = None
             self._generating = False
-            pieces.finish()
-            ended = bool(generated) and generated[-1] in self.chat.stop_ids
-            self._take(self.chat.after_stop(generated[-1]) if ended else self.chat.close("assistant"))
-            message = self._record("assistant", prefix + pieces.text, start, written, None, None)
+            writer.finish("cancelled")
+            ended = bool(writer.generated) and writer.generated[-1] in self.chat.stop_ids
+            self._take(self.chat.after_stop(writer.generated[-1]) if ended else self.chat.close("assistant"))
+            calls = self._with_ids(writer.calls)
+            message = self._record("assistant", writer.text, start, written, None, None, calls)
             self.last_reply = Reply(
                 text=message.text,
-                usage=Usage(input_tokens, prefilled, input_tokens - prefilled, len(generated)),
-                finish_reason=finish_reason,
+                usage=Usage(input_tokens, prefilled, input_tokens - prefilled, len(writer.generated)),
+                finish_reason=writer.finish_reason,
                 first_token_s=first_token_s,
                 seconds=time.perf_counter() - began,
                 trace=trace,
                 message=message,
+                tool_calls=calls,
+                invalid_calls=writer.invalid_calls,
             )
+
+    def _with_ids(self, calls: Sequence[ToolCall]) -> tuple[ToolCall, ...]:
+        """The calls, each with an id of its own: results must say what they answer."""
+        named: list[ToolCall] = []
+        for number, call in enumerate(calls):
+            if call.id is None or call.id in [other.id for other in named]:
+                call = replace(call, id=short_id(f"{self.store.id} {self.message_count} {number}"))
+            named.append(call)
+        return tuple(named)
 
     # -- what lasts ------------------------------------------------------------------------------------------------
 
@@ -435,6 +536,8 @@ class Session:
         # What had not gone through the model yet waits again.
         self._pending = deque(self.store.token_ids(self.memory.length))
         self._committed_blocks = self.memory.store.count
+        announcing = self.store.announcing_message()
+        self._tools = announcing.tools if announcing else ()
         last = self.store.messages(-1)
         self._last_start = last[0].start if last else 0
         self._stream = None
@@ -465,9 +568,20 @@ class Session:
         self._new_ids.extend(ids)
         self._pending.extend(ids)
 
-    def _record(self, role: str, text: str, start: int, when: float, name: str | None, call_id: str | None) -> Message:
-        message = Message(self.message_count, role, name, call_id, text, when, start, self.token_count)
+    def _record(
+        self,
+        role: str,
+        text: str,
+        start: int,
+        when: float,
+        name: str | None,
+        call_id: str | None,
+        calls: tuple[ToolCall, ...] = (),
+        tools: tuple[ToolSpec, ...] = (),
+    ) -> Message:
+        message = Message(self.message_count, role, name, call_id, text, when, start, self.token_count, calls, tools)
         self._new_messages.append(message)
+        self._tools = tools or self._tools
         self._last_start = start
         return message
 

@@ -13,6 +13,7 @@ import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from datetime import datetime
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,6 @@ from infllm_agent.database import SESSION_SCHEMA, connect, storage_errors, trans
 from infllm_agent.errors import SessionClosed, StorageError, UnknownSession
 from infllm_agent.locks import WriterLock
 from infllm_agent.records import (
-    MESSAGE_COLUMNS,
     Extent,
     Generation,
     Log,
@@ -35,6 +35,7 @@ from infllm_agent.records import (
     expand_runs,
     expect,
     joined_token_ids,
+    message_columns,
     read_generation,
     read_session,
     write_generation,
@@ -262,12 +263,18 @@ class SessionStore:
         with self._using() as conn:
             first, last, _ = slice(start, stop).indices(self.message_count)
             rows = conn.execute(
-                f"SELECT {MESSAGE_COLUMNS} FROM messages WHERE position >= ? AND position < ? ORDER BY position",
+                f"SELECT {message_columns(conn)} FROM messages WHERE position >= ? AND position < ? ORDER BY position",
                 (first, last),
             ).fetchall()
             messages = as_messages(rows)
             expect([m.index for m in messages] == list(range(first, last)), "some messages are missing")
             return messages
+
+    def announcing_message(self) -> Message | None:
+        """The last message that announces tools."""
+        with self._using() as conn:
+            rows = conn.execute("SELECT max(position) FROM messages WHERE tools IS NOT NULL").fetchall()
+            return None if rows[0][0] is None else self.messages(rows[0][0], rows[0][0] + 1)[0]
 
     def token_ids(self, start: int = 0, stop: int | None = None) -> array[int]:
         """The token ids of a slice, as 32-bit integers (``torch.frombuffer(ids, dtype=torch.int32)`` shares them)."""
@@ -295,11 +302,25 @@ class SessionStore:
             start, length, count = chunk_run(conn, token)
         return start + min((token - start) // length, count) * length
 
-    def search(self, query: str, limit: int = 20) -> list[Message]:
+    def search(
+        self,
+        query: str,
+        limit: int = 20,
+        *,
+        after: datetime | None = None,
+        before: datetime | None = None,
+        stop: int | None = None,
+        not_from: Sequence[str] = (),
+    ) -> list[Message]:
         """Messages whose text has all the words of ``query``, newest first; any text is a valid query.
 
         Case and accents do not matter. If no message has the words, messages that contain ``query`` literally
-        (parts of words, punctuation, scripts without spaces).
+        (parts of words, punctuation, scripts without spaces), in their text or in the JSON of their calls.
+
+        Args:
+            after, before: bounds of the message's time, the first included, the second not.
+            stop: only messages whose index is below it.
+            not_from: names whose messages are left out.
         """
         literal = query.encode("utf-8", "replace").decode("utf-8").strip()
         if not literal or limit < 1:
@@ -307,18 +328,27 @@ class SessionStore:
         # Each word in quotes is a phrase, whatever is in it; a NUL would end the expression for SQLite.
         words = dict.fromkeys(word for word in literal.replace("\0", " ").split() if any(map(str.isalnum, word)))
         expression = " ".join('"' + word.replace('"', '""') + '"' for word in words)
+        bounds: list[tuple[str, Any]] = [("position >= ?", 0)]
+        bounds += [("time >= ?", after.timestamp())] if after else []
+        bounds += [("time < ?", before.timestamp())] if before else []
+        bounds += [("position < ?", stop)] if stop is not None else []
+        bounds += [("name IS NOT ?", name) for name in not_from]
+        within = " AND ".join(bound for bound, _ in bounds)
+        values = [value for _, value in bounds]
         with self._using() as conn:
+            table = f"(SELECT {message_columns(conn)} FROM messages) AS m"
             rows = []
             if expression:
                 rows = conn.execute(
-                    f"SELECT {MESSAGE_COLUMNS} FROM messages WHERE position IN (SELECT rowid FROM messages_fts"
-                    " WHERE messages_fts MATCH ? ORDER BY rowid DESC LIMIT ?) ORDER BY position DESC",
-                    (expression, limit),
+                    f"SELECT m.* FROM messages_fts JOIN {table} ON position = messages_fts.rowid"
+                    f" WHERE messages_fts MATCH ? AND {within} ORDER BY messages_fts.rowid DESC LIMIT ?",
+                    (expression, *values, limit),
                 ).fetchall()
             if not rows:
                 rows = conn.execute(
-                    f"SELECT {MESSAGE_COLUMNS} FROM messages WHERE instr(text, ?) > 0 ORDER BY position DESC LIMIT ?",
-                    (literal, limit),
+                    f"SELECT m.* FROM {table} WHERE (instr(m.text, ?) > 0 OR instr(calls, ?) > 0) AND {within}"
+                    " ORDER BY position DESC LIMIT ?",
+                    (literal, literal, *values, limit),
                 ).fetchall()
             return as_messages(rows)
 

@@ -78,6 +78,19 @@ def test_people_are_shown_the_same(cli):
     assert cli("sessions", "search", "ops", "nowhere").out == "nothing found\n"
 
 
+def test_an_answer_under_a_schema(cli, tmp_path):
+    cli("ingest", "ops", stdin=b"the disk is full")
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "object", "properties": {"what": {"enum": ["disk", "net"]}}, "required": ["what"]}')
+    answer = cli("ask", "ops", "what?", "--schema", str(schema), "--json").json
+    assert json.loads(answer["text"])["what"] in ("disk", "net")
+    assert (answer["finish_reason"], answer["tool_calls"]) == ("stop", [])
+    schema.write_text('{"type": "nonesuch"}')
+    assert "nonesuch" in cli("ask", "ops", "what?", "--schema", str(schema)).error
+    schema.write_text("{")
+    assert cli("ask", "ops", "what?", "--schema", str(schema)).code == 2
+
+
 def test_the_answer_is_streamed_and_begins_with_the_prefix(cli, monkeypatch):
     pieces = []
     monkeypatch.setattr(commands, "write_piece", pieces.append)

@@ -13,13 +13,25 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "infllm_agent"
 
 LAYERS = [
-    ["errors", "config"],
+    ["errors", "config", "tools"],
     ["kernels"],
     ["blockfile", "blocks", "index", "state", "window"],
     ["layers", "memory"],
     ["hub", "attention", "probe", "model", "snapshot"],
     ["database", "locks", "records", "catalog", "store", "tailfile", "fork"],
-    ["chat", "tokens", "grammar", "generate", "trace", "reply", "fingerprint"],
+    [
+        "chat",
+        "tokens",
+        "toolformat",
+        "toolparse",
+        "schemas",
+        "grammar",
+        "generate",
+        "writer",
+        "trace",
+        "reply",
+        "fingerprint",
+    ],
     ["session"],
     ["runtime"],
     ["integrations", "bench", "demo", "cli", "cli_chat", "cli_input", "cli_options", "cli_output", "cli_sessions"],
