@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import json
 import math
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from typing import TypeVar
 
 from langchain_core.messages import AIMessageChunk
 from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
+from langchain_core.messages.tool import tool_call_chunk
 from langchain_core.outputs import ChatGenerationChunk
 
-from infllm_agent.config import SamplingConfig
 from infllm_agent.errors import Cancelled
-from infllm_agent.integrations.desk import CancelCheck, all_or_nothing, desk_of
+from infllm_agent.integrations.desk import CancelCheck, OnDivergence, all_or_nothing, desk_of
+from infllm_agent.integrations.request import Request
 from infllm_agent.integrations.turns import Turn
 from infllm_agent.runtime import AgentRuntime
 from infllm_agent.session import Session
@@ -31,35 +34,50 @@ def never() -> bool:
 
 
 def answer_history(
-    runtime: AgentRuntime, base: str, turns: Sequence[Turn], sampling: SamplingConfig, cancelled: CancelCheck
+    runtime: AgentRuntime,
+    base: str,
+    request: Request,
+    cancelled: CancelCheck,
+    *,
+    on_divergence: OnDivergence = "branch",
+    max_branches: int | None = None,
 ) -> Iterator[ChatGenerationChunk]:
-    """Answer a whole history, in the session of the family ``base`` that holds most of it."""
-    turns = [turn._replace(text=runtime.chat.encoder.clean(turn.text)) for turn in turns]
-    with desk_of(runtime).by_history(runtime, base, turns, cancelled) as session:
-        yield from _answer(session, turns[session.message_count :], sampling, cancelled)
+    """Answer a whole history, in the session of the family ``base`` that it continues."""
+    turns = [turn._replace(text=runtime.chat.encoder.clean(turn.text)) for turn in request.turns]
+    desk = desk_of(runtime)
+    with desk.by_history(
+        runtime, base, turns, cancelled, on_divergence=on_divergence, max_branches=max_branches
+    ) as session:
+        yield from _answer(session, replace(request, turns=turns[session.message_count :]), cancelled)
 
 
 def answer_events(
-    runtime: AgentRuntime, name: str, turns: Sequence[Turn], sampling: SamplingConfig | None, cancelled: CancelCheck
+    runtime: AgentRuntime, name: str, request: Request, cancelled: CancelCheck, *, reply: bool = True
 ) -> Iterator[ChatGenerationChunk]:
-    """Append to a session as it stands, and answer, if ``sampling`` says how."""
+    """Append to a session as it stands, and answer, unless ``reply`` says no."""
     with desk_of(runtime).by_name(runtime, name, cancelled) as session:
-        if sampling is not None:
-            yield from _answer(session, turns, sampling, cancelled)
+        if reply:
+            yield from _answer(session, request, cancelled)
         else:
             with all_or_nothing(session, cancelled):
-                _append(session, turns)
+                _append(session, request.turns)
             yield _last_chunk(session)
 
 
-def _answer(
-    session: Session, turns: Sequence[Turn], sampling: SamplingConfig, cancelled: CancelCheck
-) -> Iterator[ChatGenerationChunk]:
-    """Append messages and answer: pieces of text, then a chunk without text that says what it took."""
+def _answer(session: Session, request: Request, cancelled: CancelCheck) -> Iterator[ChatGenerationChunk]:
+    """Append messages and answer: pieces of text, calls of tools, then an empty chunk that says what it took."""
     kept = session.memory.length
+    form = request.form
     with all_or_nothing(session, cancelled):
-        _append(session, turns)
-        with closing(session.stream_reply(**sampling.model_dump())) as pieces:
+        _append(session, request.turns)
+        answer = session.stream_reply(
+            tools=form.tools or None,
+            tool_choice=form.tool_choice,
+            parallel_calls=form.parallel_calls,
+            schema=form.schema,
+            **request.sampling.model_dump(),
+        )
+        with closing(answer) as pieces:
             for piece in pieces:
                 yield ChatGenerationChunk(message=AIMessageChunk(content=piece))
         reply = session.last_reply
@@ -76,19 +94,23 @@ def _answer(
             cache_creation=reply.usage.input_tokens - kept,
         ),
     )
+    for index, call in enumerate(reply.tool_calls):
+        arguments = json.dumps(call.arguments, ensure_ascii=False)
+        chunk = tool_call_chunk(name=call.name, args=arguments, id=call.id, index=index)
+        yield ChatGenerationChunk(message=AIMessageChunk(content="", tool_call_chunks=[chunk]))
     yield _last_chunk(session, finish_reason=reply.finish_reason, usage=usage)
 
 
 def _append(session: Session, turns: Sequence[Turn]) -> None:
     for turn in turns:
-        session.append(turn.role, turn.text, name=turn.name, call_id=turn.call_id)
+        session.append(turn.role, turn.text, name=turn.name, call_id=turn.call_id, calls=turn.calls, tools=turn.tools)
 
 
 def _last_chunk(
     session: Session, *, finish_reason: str | None = None, usage: UsageMetadata | None = None
 ) -> ChatGenerationChunk:
     info = {"finish_reason": finish_reason} if finish_reason else {}
-    metadata = {"model_name": session.model.name, "session_id": session.name}
+    metadata = {"model_name": session.model.name, "model_provider": "infllm", "session_id": session.name}
     message = AIMessageChunk(content="", usage_metadata=usage, response_metadata=metadata | info, chunk_position="last")
     return ChatGenerationChunk(message=message, generation_info=info)
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from infllm_agent.tools import ToolCall, ToolSpec
 from langchain_core.messages import AIMessage, BaseMessage, ChatMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.prompt_values import PromptValue
 
@@ -26,6 +27,8 @@ class Turn(NamedTuple):
     text: str
     name: str | None = None
     call_id: str | None = None
+    calls: tuple[ToolCall, ...] = ()
+    tools: tuple[ToolSpec, ...] = ()
 
 
 _ROLE_OF: list[tuple[type[BaseMessage], str]] = [
@@ -37,8 +40,50 @@ _ROLE_OF: list[tuple[type[BaseMessage], str]] = [
 #: The model sees names in these messages only. Elsewhere they are labels of the caller's (agent frameworks put the
 #: agent's name on answers afterwards) and must not make a history another one.
 _NAMED_ROLES = ("tool", "observation")
-#: Content blocks that repeat what ``AIMessage.tool_calls`` says.
-_CALL_BLOCKS = ("tool_use", "tool_call")
+#: Content blocks of an answer that are no text of its: they repeat what ``AIMessage.tool_calls`` says, or are thoughts
+#: that chat templates leave out of earlier turns.
+_SILENT_BLOCKS = (
+    "tool_use",
+    "tool_call",
+    "tool_call_chunk",
+    "function_call",
+    "invalid_tool_call",
+    "reasoning",
+    "thinking",
+    "redacted_thinking",
+)
+
+
+def history_of(
+    messages: Sequence[BaseMessage], tools: Sequence[ToolSpec], default_system: Callable[[], str]
+) -> list[Turn]:
+    """A whole history as turns; its system message announces the tools, and there is one if there are tools.
+
+    Raises:
+        ValueError: nothing to answer, a tool's result that no call asked for, or what ``turn_of`` refuses.
+    """
+    if not messages:
+        raise ValueError("the list of messages is empty: give at least one message to answer")
+    turns = []
+    asked: dict[str, str] = {}  # the name of the tool that each call so far is of, by the call's id
+    for number, message in enumerate(messages, 1):
+        turn = turn_of(message)
+        if isinstance(message, ToolMessage):
+            if message.tool_call_id not in asked:
+                raise ValueError(
+                    f"message {number} of {len(messages)} is the result of a tool call {message.tool_call_id!r} that "
+                    "no AIMessage before it made; keep the message with the call, or leave out the result"
+                )
+            turn = turn._replace(name=turn.name or asked[message.tool_call_id])
+        elif isinstance(message, AIMessage):
+            asked |= {call["id"]: call["name"] for call in message.tool_calls if call["id"]}
+            asked |= {call["id"]: call["name"] or "" for call in message.invalid_tool_calls if call["id"]}
+        turns.append(turn)
+    if tools and turns[0].role != "system":
+        turns.insert(0, Turn("system", default_system()))
+    if tools:
+        turns[0] = turns[0]._replace(tools=tuple(tools))
+    return turns
 
 
 def turn_of(message: BaseMessage) -> Turn:
@@ -52,19 +97,12 @@ def turn_of(message: BaseMessage) -> Turn:
             f"a message of {what} has no place in a session; use System-, Human-, AI- or ToolMessage, "
             f"or ChatMessage with a role of {', '.join(ROLES)}"
         )
-    text = _text(message)
+    calls: tuple[ToolCall, ...] = ()
     if isinstance(message, AIMessage):
-        calls = [_tool_call(call["name"], call["args"]) for call in message.tool_calls]
-        calls += [_tool_call(call["name"], call["args"]) for call in message.invalid_tool_calls]
-        text = "\n".join([text, *calls] if text else calls)
+        calls = tuple(ToolCall(call["name"], call["args"], call["id"]) for call in message.tool_calls)
     call_id = message.tool_call_id if isinstance(message, ToolMessage) else None
-    return Turn(role, text, message.name if role in _NAMED_ROLES else None, call_id)
-
-
-def _tool_call(name: str | None, arguments: Any) -> str:
-    """A tool call in the form that most open models were trained on (Hermes)."""
-    call = json.dumps({"name": name, "arguments": arguments}, ensure_ascii=False)
-    return f"<tool_call>\n{call}\n</tool_call>"
+    name = message.name if role in _NAMED_ROLES else None
+    return Turn(role, _text(message), name, call_id, calls)
 
 
 def _text(message: BaseMessage) -> str:
@@ -76,7 +114,7 @@ def _text(message: BaseMessage) -> str:
             texts.append(block)
         elif block.get("type") == "text":
             texts.append(str(block.get("text", "")))
-        elif not (isinstance(message, AIMessage) and block.get("type") in _CALL_BLOCKS):
+        elif not (isinstance(message, AIMessage) and block.get("type") in _SILENT_BLOCKS):
             raise ValueError(
                 f"a content block of type {block.get('type')!r} in a {type(message).__name__}: "
                 "the model reads text only"
@@ -102,6 +140,7 @@ def _event(event: Mapping[str, Any]) -> Turn:
 
 
 def turns_of(given: SessionInput) -> list[Turn]:
+    """What ``SessionRunnable`` is given, as turns. Raises ValueError for what is none."""
     if isinstance(given, str):
         return [Turn("user", given)]
     if isinstance(given, BaseMessage):
@@ -120,6 +159,12 @@ BEGINNING = b""
 
 
 def link(before: bytes, turn: Turn | Message) -> bytes:
-    """The digest of a history, from that of all but its last message and that message."""
+    """The digest of a history, from that of all but its last message and that message.
+
+    Ids of an answer's calls are left out: they are labels, which frameworks may exchange for their own.
+    """
     name = turn.name if turn.role in _NAMED_ROLES else None
-    return hashlib.sha256(before + json.dumps([turn.role, turn.text, name, turn.call_id]).encode()).digest()
+    calls = [[call.name, call.arguments] for call in turn.calls]
+    tools = [tool.to_json() for tool in turn.tools]
+    content = [turn.role, turn.text, name, turn.call_id, calls, tools]
+    return hashlib.sha256(before + json.dumps(content, sort_keys=True).encode()).digest()

@@ -37,6 +37,7 @@ from infllm_agent.errors import ConfigError, InvalidName, SessionBusy
 from infllm_agent.integrations.langchain import ChatInfLLM, SessionRunnable
 from infllm_agent.model import LocalModel
 from infllm_agent.runtime import AgentRuntime
+from infllm_agent.tools import ToolCall
 
 MEMORY = MemoryConfig(n_init=8, n_local=64, block_size=16, repr_topk=2, topk=2, chunk_size=32, max_cached_block=4)
 #: So large that short histories are attended to in full, however they were cut into chunks.
@@ -200,9 +201,8 @@ def test_tool_results_observations_and_calls_are_stored(make):
         ("observation", "clock", None),
     ]
     assert history[0].text == "What is wrong?"
-    assert history[1].text == (
-        'Let me see.\n<tool_call>\n{"name": "lookup", "arguments": {"host": "db-3"}}\n</tool_call>'
-    )
+    assert history[1].text == "Let me see."
+    assert history[1].calls == (ToolCall("lookup", {"host": "db-3"}, "call-1"),)
 
 
 def test_anonymous_calls_keep_to_themselves(make):
@@ -452,14 +452,6 @@ def test_messages_that_no_session_can_hold(make, messages, said):
 
 def test_arguments_that_cannot_work(make):
     llm = make()
-    tool = {"name": "f", "description": "does f", "parameters": {}}
-    for refused in (
-        lambda: llm.bind_tools([tool]),
-        lambda: llm.with_structured_output({"title": "x"}),
-        lambda: llm.invoke("hi", tools=[tool]),
-    ):
-        with pytest.raises(NotImplementedError, match="tools"):
-            refused()
     with pytest.raises(ConfigError, match="temprature"):
         llm.invoke("hi", temprature=1)
     with pytest.raises(ValueError, match="another model"):
