@@ -61,7 +61,7 @@ def _closed(schema: dict[str, Any]) -> dict[str, Any]:
 
     def close(part: dict[str, Any]) -> dict[str, Any]:
         part = {key: _mapped(key, value, close) for key, value in part.items()}
-        if part.get("properties") and not any(key in part for key in _COMPOSED):
+        if "properties" in part and not any(key in part for key in _COMPOSED):
             part["additionalProperties"] = False
         return part
 

@@ -275,3 +275,15 @@ def test_what_frameworks_are_told(make):
     assert (profile["tool_calling"], profile["structured_output"], profile["image_inputs"]) == (True, True, False)
     bound = make().with_structured_output(Page).first
     assert json.loads(json.dumps(bound.kwargs["ls_structured_output_format"]))["kwargs"]["method"] == "json_schema"
+
+
+def test_a_tool_without_parameters_gets_none(make):
+    @tool
+    def stop() -> str:
+        """Stop everything."""
+        return "stopped"
+
+    llm = make(temperature=2.0, seed=1).bind_tools([stop], tool_choice="stop")
+    for number in range(5):
+        (call,) = llm.invoke(f"go {number}").tool_calls
+        assert call["args"] == {}
