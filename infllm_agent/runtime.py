@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from os import PathLike
+from typing import Any
 
 from infllm_agent.catalog import Catalog, SessionInfo
 from infllm_agent.chat import ChatFormat
@@ -75,9 +76,7 @@ class AgentRuntime:
             config = self.memory or self.model.default_memory()
             store = SessionStore.open_or_create(self.root, name, fingerprint(self.model, self.chat, config))
             try:
-                if self.memory is None:
-                    config = MemoryConfig.from_record(store.fingerprint["memory"])
-                check_fingerprint(name, store.fingerprint, fingerprint(self.model, self.chat, config))
+                config = self.check(name, store.fingerprint)
                 session = Session(self.model, self.chat, config, store)
             except BaseException:
                 store.close()
@@ -85,7 +84,14 @@ class AgentRuntime:
             self._sessions[name] = session
             return session
 
-    def fork(self, source: str, name: str, messages: int | None = None) -> Session:
+    def fork(
+        self,
+        source: str,
+        name: str,
+        messages: int | None = None,
+        *,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> Session:
         """A new session that begins as ``source``, after all its messages or the first so many (``Session.fork``).
 
         Raises:
@@ -98,10 +104,20 @@ class AgentRuntime:
             if source not in self._sessions:
                 Catalog(self.root).require(source)
             original = self.session(source)
-        fork = original.fork(name, messages)  # without the lock: other sessions go on
+        fork = original.fork(name, messages, cancelled=cancelled)  # without the lock: other sessions go on
         with self._lock:
             self._sessions[name] = fork
         return fork
+
+    def check(self, name: str, stored: dict[str, Any]) -> MemoryConfig:
+        """The memory settings under which a session with the fingerprint ``stored`` opens here.
+
+        Raises:
+            SessionMismatch: it does not.
+        """
+        config = self.memory or MemoryConfig.from_record(stored["memory"])
+        check_fingerprint(name, stored, fingerprint(self.model, self.chat, config))
+        return config
 
     def is_open(self, name: str) -> bool:
         """Whether this runtime has the session open."""
@@ -132,10 +148,16 @@ class AgentRuntime:
             Catalog(self.root).delete(name)
 
     def close(self) -> None:
-        """Commit and close every open session."""
+        """Commit and close every open session. One that fails does not keep the others open."""
+        failure: BaseException | None = None
         with self._lock:
             for name in list(self._sessions):
-                self.release(name)
+                try:
+                    self.release(name)
+                except Exception as error:
+                    failure = failure or error
+        if failure is not None:
+            raise failure
 
     def __enter__(self) -> AgentRuntime:
         return self

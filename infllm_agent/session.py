@@ -105,6 +105,8 @@ class Session:
 
     Attributes:
         cancelled: asked between chunks and tokens; when it returns True, the work stops with ``Cancelled``.
+        last_reply: the latest answer, since the session was opened.
+        read_again: tokens that went through the model when the session was made, because its source could not go back.
     """
 
     def __init__(
@@ -122,6 +124,7 @@ class Session:
         self.store = store
         self.cancelled: Callable[[], bool] = lambda: False
         self.last_reply: Reply | None = None
+        self.read_again = 0
         self._lock = threading.RLock()
         self._stream: MessageStream | None = None
         self._broken = False
@@ -452,7 +455,7 @@ class Session:
         with self._lock:
             self._load()
 
-    def fork(self, name: str, messages: int | None = None) -> Session:
+    def fork(self, name: str, messages: int | None = None, *, cancelled: Callable[[], bool] | None = None) -> Session:
         """A new session that begins as this one: committed, open, and independent of it from then on.
 
         It takes over complete messages only, so a reply that is being generated, or a streamed message that is open,
@@ -461,11 +464,12 @@ class Session:
 
         Args:
             messages: take over the first so many; None takes all.
+            cancelled: asked while the log is read again; None: this session's.
 
         Raises:
             UnknownMessage: there are not so many messages.
             SessionExists, InvalidName: the name is taken, or none that a session may have.
-            Cancelled: ``cancelled`` said so while the log was read again.
+            Cancelled: ``cancelled`` said so.
             StorageError, CorruptSession.
         """
         self.store.check_free(name)
@@ -485,17 +489,21 @@ class Session:
             memory = self.memory.fork(length) if self.memory.can_rewind(length) else None
             if memory is None:
                 ids, fed = self.token_ids(), [chunk for chunk in self.chunks() if chunk[0] < length]
+        read_again = 0
         if memory is None:
-            memory, shared = replay(self.model, self.config, ids, fed, self.cancelled), 0
+            memory, shared = replay(self.model, self.config, ids, fed, cancelled or self.cancelled), 0
+            read_again = memory.length
         store = write_fork(
             self.store, name, memory.state(), memory.store, config=self.config, kept=kept, log=log, shared=shared
         )
         try:
             memory.store.folder = store.folder
-            return Session(self.model, self.chat, self.config, store, memory)
+            fork = Session(self.model, self.chat, self.config, store, memory)
         except BaseException:
             store.close()
             raise
+        fork.read_again = read_again
+        return fork
 
     @property
     def closed(self) -> bool:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import errno
 import json
 import math
+import sqlite3
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
@@ -13,12 +15,13 @@ from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import TypeVar
 
+from langchain_core.exceptions import ContextOverflowError
 from langchain_core.messages import AIMessageChunk
 from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
 from langchain_core.messages.tool import tool_call_chunk
 from langchain_core.outputs import ChatGenerationChunk
 
-from infllm_agent.errors import Cancelled
+from infllm_agent.errors import BudgetExceeded, Cancelled, StorageError
 from infllm_agent.integrations.desk import CancelCheck, OnDivergence, all_or_nothing, desk_of
 from infllm_agent.integrations.request import Request
 from infllm_agent.integrations.turns import Turn
@@ -26,6 +29,10 @@ from infllm_agent.runtime import AgentRuntime
 from infllm_agent.session import Session
 
 T = TypeVar("T")
+
+
+class SessionFull(StorageError, ContextOverflowError):
+    """There is no room for what the call brings: nothing of it was kept, and nothing of the history was dropped."""
 
 
 def never() -> bool:
@@ -66,7 +73,28 @@ def answer_events(
 
 def _answer(session: Session, request: Request, cancelled: CancelCheck) -> Iterator[ChatGenerationChunk]:
     """Append messages and answer: pieces of text, calls of tools, then an empty chunk that says what it took."""
-    kept = session.memory.length
+    with _told_when_full(session):
+        yield from _written(session, request, cancelled)
+
+
+@contextmanager
+def _told_when_full(session: Session) -> Iterator[None]:
+    try:
+        yield
+    except (BudgetExceeded, StorageError) as error:
+        cause = error.__cause__
+        full = isinstance(error, BudgetExceeded) or getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if not full and getattr(cause, "sqlite_errorcode", None) != sqlite3.SQLITE_FULL:
+            raise
+        raise SessionFull(
+            f'session "{session.name}" of {session.store.token_count} tokens cannot grow: {error}; make room, or '
+            "delete sessions"
+        ) from error
+
+
+def _written(session: Session, request: Request, cancelled: CancelCheck) -> Iterator[ChatGenerationChunk]:
+    kept = session.memory.length - session.read_again
+    session.read_again = 0
     form = request.form
     with all_or_nothing(session, cancelled):
         _append(session, request.turns)
@@ -94,7 +122,7 @@ def _answer(session: Session, request: Request, cancelled: CancelCheck) -> Itera
             cache_creation=reply.usage.input_tokens - kept,
         ),
     )
-    for index, call in enumerate(reply.tool_calls):
+    for index, call in enumerate(reply.tool_calls, 1):  # 0 is the text's, where content is made of blocks
         arguments = json.dumps(call.arguments, ensure_ascii=False)
         chunk = tool_call_chunk(name=call.name, args=arguments, id=call.id, index=index)
         yield ChatGenerationChunk(message=AIMessageChunk(content="", tool_call_chunks=[chunk]))
@@ -134,10 +162,12 @@ def time_limit(seconds: float | None, cancelled: CancelCheck) -> Iterator[Cancel
 async def from_thread(produce: Callable[[CancelCheck], Iterator[T]]) -> AsyncGenerator[T, None]:
     """What ``produce`` yields in a thread of its own.
 
-    Closed early, or cancelled, it tells ``produce`` to stop and waits until it has.
+    The thread is one item ahead at most. Closed early, or cancelled, it tells ``produce`` to stop and waits until it
+    has.
     """
     loop = asyncio.get_running_loop()
     arrived: asyncio.Queue[tuple[T, ...] | None] = asyncio.Queue()  # None: the end
+    room = threading.Semaphore(1)
     left = threading.Event()
     failure: BaseException | None = None
 
@@ -151,6 +181,8 @@ async def from_thread(produce: Callable[[CancelCheck], Iterator[T]]) -> AsyncGen
         nonlocal failure
         try:
             for item in produce(left.is_set):
+                while not room.acquire(timeout=0.1) and not left.is_set():
+                    pass
                 hand_over((item,))
         except BaseException as error:
             failure = error
@@ -161,6 +193,7 @@ async def from_thread(produce: Callable[[CancelCheck], Iterator[T]]) -> AsyncGen
     try:
         while (items := await arrived.get()) is not None:
             for item in items:
+                room.release()
                 yield item
     finally:
         left.set()

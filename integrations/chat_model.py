@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import threading
 import uuid
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
 from typing import Any
@@ -26,15 +26,13 @@ from langchain_core.runnables import RunnableConfig
 from langchain_core.runnables.config import run_in_executor
 from pydantic import ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
-from infllm_agent.catalog import check_name
 from infllm_agent.config import MemoryConfig, SamplingConfig, default_root
 from infllm_agent.integrations.calls import answer_history, from_thread, never, time_limit
-from infllm_agent.integrations.desk import CancelCheck, OnDivergence, desk_of
-from infllm_agent.integrations.naming import with_session_id
+from infllm_agent.integrations.desk import CancelCheck, Desk, OnDivergence, SessionFolder, Sessions, desk_of
+from infllm_agent.integrations.naming import family, session_name, with_session_id
 from infllm_agent.integrations.request import Form, Request, form_of, openai_tool
 from infllm_agent.integrations.request import tool_choice as choose_tool
 from infllm_agent.integrations.structured import Method, structured
-from infllm_agent.integrations.tree import family
 from infllm_agent.integrations.turns import Turn, history_of
 from infllm_agent.runtime import AgentRuntime
 from infllm_agent.store import SessionStore
@@ -43,13 +41,16 @@ __all__ = ["ChatInfLLM"]
 
 #: What hosted models take and a local one has no use for: dropped, so that models can be exchanged.
 _HOSTED_ONLY = ("api_key", "base_url", "max_retries")
+#: Keywords of a call that do not say how tokens are chosen.
+_NOT_SAMPLING = ("stream", "timeout", *_HOSTED_ONLY)
 #: Tokens of the longest history that frameworks may count on: agents summarise when they come near it. There is no
 #: limit but the disk.
 _INPUT_TOKENS = 100_000_000
-#: Fields that a runtime already decided.
-_OF_RUNTIME = ("model", "root", "memory", "device", "dtype")
 
 _runtimes: WeakValueDictionary[tuple[str, str, MemoryConfig | None, str, str], AgentRuntime] = WeakValueDictionary()
+_latest: list[
+    AgentRuntime
+] = []  # the one used last: objects that live for one call only (configurable fields) share it
 _opening = threading.Lock()  # held long: opening loads the model
 
 
@@ -98,7 +99,9 @@ class ChatInfLLM(BaseChatModel):
     max_branches: int | None = 16
     """So many branches of a session are kept; beyond that, the one that was used longest ago is deleted."""
 
-    _own_id: str = PrivateAttr(default_factory=lambda: f"chat-{uuid.uuid4().hex[:16]}")
+    anonymous_id: str = Field(default_factory=lambda: f"chat-{uuid.uuid4().hex[:16]}", exclude=True, repr=False)
+    """The session of calls that name none; ``close`` deletes it."""
+
     _opened: AgentRuntime | None = PrivateAttr(default=None)
 
     @model_validator(mode="before")
@@ -106,8 +109,11 @@ class ChatInfLLM(BaseChatModel):
     def _accept_hosted_arguments(cls, values: Any) -> Any:
         if isinstance(values, dict):
             values = {key: value for key, value in values.items() if key not in _HOSTED_ONLY}
-            if values.get("runtime") is not None and (both := [name for name in _OF_RUNTIME if name in values]):
-                raise ValueError(f"runtime already decides {', '.join(both)}: give one or the other")
+            if isinstance(runtime := values.get("runtime"), AgentRuntime):
+                decided = _decided_by(runtime)
+                if both := [name for name in decided if name in values and values[name] != decided[name]]:
+                    raise ValueError(f"runtime already decides {', '.join(both)}: give one or the other")
+                values |= decided
         return values
 
     @field_validator("root", mode="before")
@@ -118,20 +124,28 @@ class ChatInfLLM(BaseChatModel):
     @model_validator(mode="after")
     def _settings_fit_together(self) -> ChatInfLLM:
         self._sampling(None, {})
-        if self.runtime is not None:
-            self.model, self.root = self.runtime.model.name, os.fspath(self.runtime.root)
-            self.memory = self.runtime.memory
-            self.device = str(self.runtime.model.device)
-            self.dtype = str(self.runtime.model.dtype).removeprefix("torch.")
         return self
 
     def close(self) -> None:
         """Commit and close the sessions, so that another process can open them; a later call opens them again.
 
-        A ``runtime`` that was given stays open.
+        Calls that are under way, of all objects that share them, end first. The session of calls that named none is
+        deleted: nobody could find it again. A ``runtime`` that was given stays open.
         """
-        if self._opened is not None:
-            self._opened.close()
+        if (runtime := self.runtime or self._opened) is not None:
+            desk_of(runtime).delete(runtime, self.anonymous_id, never)
+            if self.runtime is None:
+                desk_of(runtime).close(runtime, never)
+                runtime.close()
+                with _opening:
+                    _latest[:] = [other for other in _latest if other is not runtime]
+
+    def __getstate__(self) -> dict[Any, Any]:
+        state = super().__getstate__()
+        return {**state, "__pydantic_private__": {**(state["__pydantic_private__"] or {}), "_opened": None}}
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> ChatInfLLM:
+        return self.model_copy()
 
     # -- LangChain's interface -----------------------------------------------------------------------------------------
 
@@ -314,19 +328,20 @@ class ChatInfLLM(BaseChatModel):
 
     # -- sessions ------------------------------------------------------------------------------------------------------
 
+    # None of these loads the model.
+
     def latest_line(self, session_id: str | None = None) -> str | None:
         """The name of the session, or branch of it, that was used last; None if there is none yet."""
-        lines = family(self.opened(), self._base(session_id))
+        lines = family(self.root, self._base(session_id))
         return max(lines, key=lambda info: info.updated).name if lines else None
 
     def read_session(self, name: str) -> SessionStore:
         """What is stored of a session, to be read and closed."""
-        return SessionStore.open(self.opened().root, name, readonly=True)
+        return SessionStore.open(self.root, name, readonly=True)
 
     def prune(self, session_id: str | None = None, *, keep: int = 0) -> list[str]:
         """Delete the session's branches but the ``keep`` used last; the session itself stays. The names deleted."""
-        runtime = self.opened()
-        return desk_of(runtime).prune(runtime, self._base(session_id), keep)
+        return self._on_desk(lambda desk, runtime: desk.prune(runtime, self._base(session_id), keep))
 
     def delete_session(self, session_id: str | None = None) -> list[str]:
         """Delete a session and its branches, with all that belongs to them. The names deleted; none is no error.
@@ -334,11 +349,17 @@ class ChatInfLLM(BaseChatModel):
         Raises:
             SessionLocked: another process has it open.
         """
-        runtime = self.opened()
-        return desk_of(runtime).delete(runtime, self._base(session_id), never)
+        return self._on_desk(lambda desk, runtime: desk.delete(runtime, self._base(session_id), never))
 
     async def adelete_session(self, session_id: str | None = None) -> list[str]:
         return await run_in_executor(None, self.delete_session, session_id)
+
+    def _on_desk(self, act: Callable[[Desk, Sessions], list[str]]) -> list[str]:
+        with _opening:
+            runtime = self.runtime or self._opened or _runtimes.get(self._key())
+        if runtime is not None:
+            return act(desk_of(runtime), runtime)
+        return act(Desk(), SessionFolder(self.root))
 
     # -- how -----------------------------------------------------------------------------------------------------------
 
@@ -349,7 +370,7 @@ class ChatInfLLM(BaseChatModel):
         without_id = {name: value for name, value in options.items() if name != "session_id"}
         sampling, form = self.asked(stop, without_id)
         request = Request(self._history(messages, form), sampling, form)
-        with time_limit(self.timeout, cancelled) as stopped:
+        with time_limit(options.get("timeout") or self.timeout, cancelled) as stopped:
             yield from answer_history(
                 self.opened(),
                 base,
@@ -360,7 +381,7 @@ class ChatInfLLM(BaseChatModel):
             )
 
     def _base(self, session_id: str | None) -> str:
-        return check_name(session_id or self.session_id or self._own_id)
+        return session_name(session_id or self.session_id or self.anonymous_id)
 
     def asked(self, stop: list[str] | None, options: Mapping[str, Any]) -> tuple[SamplingConfig, Form]:
         """How to choose tokens, and what form the answer has, by a call's keywords over this object's settings.
@@ -368,7 +389,7 @@ class ChatInfLLM(BaseChatModel):
         Raises:
             ValueError: what cannot be asked.
         """
-        given = {key: value for key, value in options.items() if key not in ("stream", *_HOSTED_ONLY)}
+        given = {key: value for key, value in options.items() if key not in _NOT_SAMPLING and value is not None}
         form = form_of(given)
         if given.pop("model", self.model) != self.model:
             raise ValueError(f'this ChatInfLLM runs "{self.model}"; make another one for another model')
@@ -390,10 +411,25 @@ class ChatInfLLM(BaseChatModel):
             return self.runtime
         with _opening:
             if self._opened is None:
-                key = (os.path.realpath(self.root), self.model, self.memory, self.device, self.dtype)
+                key = self._key()
                 if (runtime := _runtimes.get(key)) is None:
                     runtime = AgentRuntime.open(
                         self.root, self.model, self.memory, device=self.device, dtype=self.dtype
                     )
                 self._opened = _runtimes[key] = runtime
+            _latest[:] = [self._opened]
             return self._opened
+
+    def _key(self) -> tuple[str, str, MemoryConfig | None, str, str]:
+        return os.path.realpath(self.root), self.model, self.memory, self.device, self.dtype
+
+
+def _decided_by(runtime: AgentRuntime) -> dict[str, Any]:
+    """The fields of a chat model that its runtime decides."""
+    return {
+        "model": runtime.model.name,
+        "root": os.fspath(runtime.root),
+        "memory": runtime.memory,
+        "device": str(runtime.model.device),
+        "dtype": str(runtime.model.dtype).removeprefix("torch."),
+    }

@@ -5,15 +5,25 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Literal
+from contextlib import contextmanager, suppress
+from os import PathLike
+from typing import Literal, Protocol
 from weakref import WeakKeyDictionary
 
-from infllm_agent.catalog import SessionExists, SessionInfo
-from infllm_agent.errors import Cancelled, InfLLMError, SessionBusy, SessionLocked, UnknownSession
-from infllm_agent.integrations.tree import Place, PrefixTree, beginnings, branch_names, family
+from infllm_agent.catalog import Catalog, SessionExists
+from infllm_agent.errors import (
+    Cancelled,
+    CorruptSession,
+    InfLLMError,
+    SessionBusy,
+    SessionClosed,
+    SessionLocked,
+    UnknownSession,
+)
+from infllm_agent.integrations.naming import branch_names, family
+from infllm_agent.integrations.tree import Place, PrefixTree, beginnings
 from infllm_agent.integrations.turns import Turn
 from infllm_agent.runtime import AgentRuntime
 from infllm_agent.session import Session
@@ -70,6 +80,24 @@ class CallLock:
         self._lock.release()
 
 
+class Sessions(Protocol):
+    """A folder of sessions; ``AgentRuntime`` is one."""
+
+    root: str | PathLike[str]
+
+    def delete(self, name: str) -> None: ...
+
+
+class SessionFolder:
+    """A folder of sessions that no model of this process works on."""
+
+    def __init__(self, root: str | PathLike[str]) -> None:
+        self.root = root
+
+    def delete(self, name: str) -> None:
+        Catalog(self.root).delete(name)
+
+
 class Desk:
     """Hands out the sessions of a runtime to calls: to each alone the one that its history continues.
 
@@ -80,6 +108,7 @@ class Desk:
         self.tree = PrefixTree()
         self._mutex = threading.RLock()
         self._locks: dict[str, CallLock] = {}
+        self._forking: Counter[str] = Counter()  # forks under way, by the source's name
         self._opened: OrderedDict[str, None] = OrderedDict()  # by this desk, latest used last
 
     @contextmanager
@@ -88,9 +117,10 @@ class Desk:
         lock = self._lock_of(name)
         lock.take(cancelled)
         try:
-            yield _settled(runtime, name)
+            yield self._open(runtime, name, None, cancelled)
         finally:
             lock.release()
+            self._close_idle(runtime)
 
     @contextmanager
     def by_history(
@@ -106,120 +136,161 @@ class Desk:
         """For one call, the session of the family ``base`` that ``turns`` continue; what it holds is a beginning of
         them, as long a one as there is.
 
-        It is the session that ends there, or a fork of one that holds more, or a new one.
+        It is the session that ends there, or a fork of one that holds more, or a new one. If the block fails, one that
+        was made for it is deleted.
 
         Raises:
-            DivergedHistory: ``on_divergence`` is ``error``, and no session ends at a beginning of ``turns``.
+            DivergedHistory: ``on_divergence`` is ``error``, and no session ends at the longest such beginning.
+            SessionLocked: the session to go on with is open in another process.
         """
         history = beginnings(turns)
-        locked_elsewhere: set[str] = set()
+        unusable: set[str] = set()
         while True:
+            if cancelled():
+                raise Cancelled(f'session "{base}": stopped before it was opened')
             with self._mutex:
-                name, source = self._choose(runtime, base, history, locked_elsewhere, on_divergence)
+                name, source, made = self._choose(runtime, base, history, unusable, on_divergence)
                 lock = self._lock_of(name)
                 taken = lock.take_if_free()
-            if not taken:
-                lock.take(cancelled)
+                self._forking[source.name if source else ""] += 1
             try:
+                if not taken:
+                    lock.take(cancelled)
                 try:
-                    session = self._open(runtime, name, source)
-                except SessionExists:
-                    continue  # another process has just made it
-                except SessionLocked:
-                    if source is None:
-                        raise
-                    locked_elsewhere.add(source.name)  # by another process: what it holds is computed again
-                    continue
-                # The call that was waited for may have gone on with it, or the catalogue be behind.
-                digests = self.tree.note(session)
-                known = len(digests) - 1
-                if known < len(history) and digests[known] == history[known]:
-                    yield session
-                    self.tree.note(session)
-                    break
+                    try:
+                        session = self._open(runtime, name, source, cancelled)
+                    except (SessionLocked, CorruptSession):
+                        if source is None:
+                            raise
+                        unusable.add(source.name)  # in use by another process, or damaged: it is computed again
+                        continue
+                    except (SessionExists, SessionClosed, UnknownSession):
+                        if made:
+                            unusable.add(name)  # there by now, or in a folder that cannot be read
+                        continue
+                    # The call that was waited for may have gone on with it, or the catalogue be behind.
+                    digests = self.tree.note(session)
+                    known = len(digests) - 1
+                    if known < len(history) and digests[known] == history[known]:
+                        try:
+                            yield session
+                        except BaseException:
+                            if made:
+                                self._discard(runtime, session)
+                            raise
+                        self.tree.note(session)
+                        break
+                finally:
+                    lock.release()
             finally:
-                lock.release()
-        self._tidy(runtime, base, max_branches)
+                with self._mutex:
+                    self._forking[source.name if source else ""] -= 1
+        if made and max_branches is not None:
+            self.prune(runtime, base, max_branches)
+        self._close_idle(runtime)
 
-    def prune(self, runtime: AgentRuntime, base: str, keep: int) -> list[str]:
+    def prune(self, sessions: Sessions, base: str, keep: int) -> list[str]:
         """Delete all branches of ``base`` that no call is using but the ``keep`` latest used; the names of those
         deleted. The family's first session stays."""
         deleted = []
-        branches = [info for info in family(runtime, base) if info.name != base]
+        branches = [info for info in family(sessions.root, base) if info.name != base]
         for info in sorted(branches, key=lambda info: info.updated)[: max(0, len(branches) - keep)]:
-            if self._delete(runtime, info):
-                deleted.append(info.name)
+            with suppress(SessionLocked, UnknownSession):  # another process uses it, or has deleted it
+                if self._while_unused(info.name, sessions.delete):
+                    self.tree.forget(info.id)
+                    deleted.append(info.name)
         return deleted
 
-    def delete(self, runtime: AgentRuntime, base: str, cancelled: CancelCheck) -> list[str]:
+    def delete(self, sessions: Sessions, base: str, cancelled: CancelCheck) -> list[str]:
         """Delete ``base`` and its branches, once the calls that use them are done; the names of those there were."""
         deleted = []
-        for info in family(runtime, base):
+        for info in family(sessions.root, base):
             lock = self._lock_of(info.name)
             lock.take(cancelled)
             try:
-                runtime.delete(info.name)
-                self.tree.forget(info.id)
-                deleted.append(info.name)
+                sessions.delete(info.name)
             finally:
                 lock.release()
+            self.tree.forget(info.id)
+            deleted.append(info.name)
         return deleted
+
+    def close(self, runtime: AgentRuntime, cancelled: CancelCheck) -> None:
+        """Commit and close what this desk opened, once the calls that use it are done."""
+        with self._mutex:
+            names = list(self._opened)
+        for name in names:
+            lock = self._lock_of(name)
+            lock.take(cancelled)
+            try:
+                self._opened.pop(name, None)
+                runtime.release(name)
+            finally:
+                lock.release()
 
     def _choose(
         self,
         runtime: AgentRuntime,
         base: str,
         history: Sequence[bytes],
-        locked_elsewhere: set[str],
+        unusable: set[str],
         on_divergence: OnDivergence,
-    ) -> tuple[str, Place | None]:
-        """The name of the session to work on; and, if it is to be made, the place to fork it from, or None."""
-        places = self.tree.places(runtime, base, history)
-        for place in places:
+    ) -> tuple[str, Place | None, bool]:
+        """The name of the session to work on; the place to fork it from, or None; and whether it is to be made."""
+        sessions = sorted(family(runtime.root, base), key=lambda info: (info.name != base, -info.updated))
+        places = self.tree.places(runtime, (info for info in sessions if info.name not in unusable), history)
+        deepest = [place for place in places if place.messages == places[0].messages]
+        for place in deepest:
             lock = self._lock_of(place.name)
             # An empty one that is in use is another call's, which has just begun it.
             if place.is_end and not lock.held_here and (place.known or not lock.held):
-                return place.name, None
-        if on_divergence != "branch" and places and not any(place.is_end for place in places):
+                return place.name, None, False
+        diverged = any(place.known for place in places) and not any(place.is_end for place in deepest)
+        if on_divergence != "branch" and diverged:
             _say_diverged(places[0], len(history) - 1, on_divergence)
-        taken = {place.name for place in places}
-        sources = [place for place in places if place.messages and place.name not in locked_elsewhere]
-        source = sources[0] if sources else None
-        return next(name for name in branch_names(base) if name not in taken and not self._lock_of(name).held), source
+        taken = unusable.union(info.name for info in sessions)
+        name = next(name for name in branch_names(base) if name not in taken and not self._lock_of(name).held)
+        return name, places[0] if places and places[0].messages else None, True
 
-    def _open(self, runtime: AgentRuntime, name: str, source: Place | None) -> Session:
-        known_before = runtime.is_open(name)
+    def _open(self, runtime: AgentRuntime, name: str, source: Place | None, cancelled: CancelCheck) -> Session:
+        """The session, with what others appended to it committed: a failing call takes back its own part only."""
+        was_open = runtime.is_open(name)
         if source is None:
-            session = _settled(runtime, name)
+            session = runtime.session(name)
+            session.commit()
         else:
-            session = runtime.fork(source.name, name, messages=source.messages)
+            session = runtime.fork(source.name, name, messages=source.messages, cancelled=cancelled)
         with self._mutex:
-            if not known_before or name in self._opened:
+            if not was_open:
                 self._opened[name] = None
-                self._opened.move_to_end(name)
+            for used in (source.name if source else "", name):
+                if used in self._opened:
+                    self._opened.move_to_end(used)
         return session
 
-    def _tidy(self, runtime: AgentRuntime, base: str, max_branches: int | None) -> None:
-        """Close what this desk opened and no call has used for long, and delete branches beyond their bound."""
-        if max_branches is not None:
-            self.prune(runtime, base, max_branches)
-        with self._mutex:
-            idle = [name for name in self._opened if not self._lock_of(name).held]
-            for name in idle[: max(0, len(self._opened) - KEPT_OPEN)]:
-                del self._opened[name]
-                runtime.release(name)
+    def _discard(self, runtime: AgentRuntime, session: Session) -> None:
+        with suppress(InfLLMError):
+            runtime.delete(session.name)
+            self.tree.forget(session.store.id)
+            self._opened.pop(session.name, None)
 
-    def _delete(self, runtime: AgentRuntime, info: SessionInfo) -> bool:
-        lock = self._lock_of(info.name)
-        if not lock.take_if_free():
-            return False
+    def _close_idle(self, runtime: AgentRuntime) -> None:
+        """Close what this desk opened and no call has used for longest."""
+        with self._mutex:
+            for name in list(self._opened)[: max(0, len(self._opened) - KEPT_OPEN)]:
+                if self._while_unused(name, runtime.release):
+                    del self._opened[name]
+
+    def _while_unused(self, name: str, act: Callable[[str], None]) -> bool:
+        """Do it, unless a call uses the session of that name or forks from it; whether it was done."""
+        with self._mutex:
+            lock = self._lock_of(name)
+            if self._forking[name] or not lock.take_if_free():
+                return False
         try:
-            runtime.delete(info.name)
-        except (SessionLocked, UnknownSession):  # another process uses it, or has deleted it
-            return False
+            act(name)
         finally:
             lock.release()
-        self.tree.forget(info.id)
         return True
 
     def _lock_of(self, name: str) -> CallLock:
@@ -249,13 +320,6 @@ def desk_of(runtime: AgentRuntime) -> Desk:
         return _desks.setdefault(runtime, Desk())
 
 
-def _settled(runtime: AgentRuntime, name: str) -> Session:
-    """The session, with what others appended to it committed: a failing call takes back its own part only."""
-    session = runtime.session(name)
-    session.commit()
-    return session
-
-
 @contextmanager
 def all_or_nothing(session: Session, cancelled: CancelCheck) -> Iterator[None]:
     """Commit what the block did to the session, or, if it fails, take it back."""
@@ -265,7 +329,8 @@ def all_or_nothing(session: Session, cancelled: CancelCheck) -> Iterator[None]:
         yield
         session.commit()
     except BaseException:
-        session.rollback()
+        if not session.closed:
+            session.rollback()
         raise
     finally:
         session.cancelled = others

@@ -8,6 +8,7 @@ for word, what was said long ago.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any, TypeVar
@@ -23,6 +24,7 @@ from pydantic import ConfigDict, Field
 from infllm_agent.integrations.langchain import ChatInfLLM
 from infllm_agent.integrations.naming import with_session_id
 from infllm_agent.records import Message
+from infllm_agent.tools import calls_json
 
 __all__ = ["SessionRetriever", "history_tool", "tie_sessions"]
 
@@ -38,16 +40,23 @@ def tie_sessions(checkpointer: Checkpointer, llm: ChatInfLLM) -> Checkpointer:
         The same checkpointer.
     """
     saver: Any = checkpointer
+    in_async: ContextVar[bool] = ContextVar("in_async", default=False)
     delete_thread: Callable[[str], None] = saver.delete_thread
     adelete_thread: Callable[[str], Any] = saver.adelete_thread
 
     def delete_both(thread_id: str) -> None:
         delete_thread(thread_id)
-        llm.delete_session(thread_id)
+        if thread_id and not in_async.get():
+            llm.delete_session(str(thread_id))
 
     async def adelete_both(thread_id: str) -> None:
-        await adelete_thread(thread_id)
-        await llm.adelete_session(thread_id)
+        token = in_async.set(True)  # some checkpointers call delete_thread for this, in the event loop
+        try:
+            await adelete_thread(thread_id)
+        finally:
+            in_async.reset(token)
+        if thread_id:
+            await llm.adelete_session(str(thread_id))
 
     saver.delete_thread, saver.adelete_thread = delete_both, adelete_both
     return checkpointer
@@ -101,8 +110,13 @@ class SessionRetriever(BaseRetriever):
             end = store.message_count
             if earlier_turns_only:
                 end = max((m.index for m in store.messages(-64) if m.role == "user"), default=end)
-            found = store.search(query, limit=self.k, after=after, before=before, stop=end, not_from=self.leave_out)
-        return [_document(name, message, query, self.max_chars) for message in found]
+            found = store.search(query, limit=4 * self.k, after=after, before=before, stop=end, not_from=self.leave_out)
+        # A call of a search is none of what it looks for either.
+        found = [message for message in found if not message.calls or not self._only_searches(message)]
+        return [_document(name, message, query, self.max_chars) for message in found[: self.k]]
+
+    def _only_searches(self, message: Message) -> bool:
+        return not message.text and all(call.name in self.leave_out for call in message.calls)
 
     async def _aget_relevant_documents(
         self, query: str, *, run_manager: AsyncCallbackManagerForRetrieverRun, **kwargs: Any
@@ -144,7 +158,8 @@ def history_tool(
 def _document(session: str, message: Message, query: str, max_chars: int) -> Document:
     time = datetime.fromtimestamp(message.time, UTC).isoformat(timespec="seconds")
     where = {"session": session, "message": message.index, "role": message.role, "name": message.name, "time": time}
-    return Document(_around(message.text, query, max_chars), id=f"{session}/{message.index}", metadata=where)
+    text = message.text or calls_json(message.calls)
+    return Document(_around(text, query, max_chars), id=f"{session}/{message.index}", metadata=where)
 
 
 def _around(text: str, query: str, max_chars: int) -> str:

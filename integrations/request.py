@@ -66,9 +66,12 @@ def openai_tool(tool: Any, *, strict: bool | None = None) -> dict[str, Any]:
     if isinstance(tool, Mapping) and "parameters" not in tool and "input_schema" in tool:  # Anthropic's
         tool = {"name": tool["name"], "description": tool.get("description", ""), "parameters": tool["input_schema"]}
     try:
-        return convert_to_openai_tool(tool, strict=strict)
+        converted = convert_to_openai_tool(tool, strict=strict)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"not a tool: {tool!r:.200} ({error})") from error
+    if "function" not in converted:
+        raise ValueError(f"not a tool that can be called here: {tool!r:.200} (it is its provider's own)")
+    return converted
 
 
 def tool_choice(choice: Any, names: Sequence[str]) -> str | None:

@@ -16,9 +16,10 @@ from langchain_core.runnables import RunnableConfig, RunnableSerializable
 from infllm_agent.integrations.calls import answer_events, from_thread, never, time_limit
 from infllm_agent.integrations.chat_model import ChatInfLLM
 from infllm_agent.integrations.desk import CancelCheck
-from infllm_agent.integrations.naming import with_session_id
+from infllm_agent.integrations.naming import session_name, with_session_id
 from infllm_agent.integrations.request import Request
 from infllm_agent.integrations.turns import SessionInput, turns_of
+from infllm_agent.runtime import AgentRuntime
 
 
 class SessionRunnable(RunnableSerializable[SessionInput, AIMessage]):
@@ -103,17 +104,24 @@ class SessionRunnable(RunnableSerializable[SessionInput, AIMessage]):
     ) -> Iterator[ChatGenerationChunk]:
         turns = turns_of(input)
         options = dict(with_session_id(config, options))
-        name = options.pop("session_id", None) or self.session_id or self.llm.session_id
-        if not name:
+        session_id = options.pop("session_id", None) or self.session_id or self.llm.session_id
+        if not session_id:
             raise ValueError(
                 "which session? give SessionRunnable a session_id, or put session_id or thread_id "
                 "into the config's configurable"
             )
         reply = options.pop("reply", self.reply)
+        timeout = options.get("timeout") or self.llm.timeout
         request = Request(turns, *self.llm.asked(options.pop("stop", None), options))
         runtime = self.llm.opened()
-        with time_limit(self.llm.timeout, cancelled) as stopped:
-            yield from answer_events(runtime, name, request, stopped, reply=reply)
+        with time_limit(timeout, cancelled) as stopped:
+            yield from answer_events(runtime, _name_of(runtime, session_id), request, stopped, reply=reply)
+
+
+def _name_of(runtime: AgentRuntime, session_id: str) -> str:
+    """The session of that name, if there is one: a branch of a chat model's may be gone on with."""
+    names = {info.name for info in runtime.sessions()}
+    return session_id if session_id in names else session_name(session_id)
 
 
 def _message_of(result: ChatResult) -> AIMessage:

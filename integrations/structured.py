@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator, Iterator
 from operator import itemgetter
 from typing import Any, Literal
 
+from langchain_core.exceptions import OutputParserException
 from langchain_core.language_models import BaseChatModel
+from langchain_core.messages import AIMessage
 from langchain_core.output_parsers import BaseOutputParser, JsonOutputParser, PydanticOutputParser
 from langchain_core.output_parsers.openai_tools import JsonOutputKeyToolsParser, PydanticToolsParser
-from langchain_core.runnables import Runnable, RunnableMap, RunnablePassthrough
+from langchain_core.runnables import Runnable, RunnableGenerator, RunnableMap, RunnablePassthrough
 from langchain_core.utils.pydantic import is_basemodel_subclass
 
 from infllm_agent.integrations.request import json_schema, openai_tool
@@ -60,9 +63,28 @@ def structured(
             **kwargs,
         )
         parser = PydanticOutputParser(pydantic_object=schema) if is_class else JsonOutputParser()
+    parser = RunnableGenerator(_whole, _awhole) | parser
     if not include_raw:
         return bound | parser
     # A parser that fails leaves the answer as it was, beside its error.
     parsed = RunnablePassthrough.assign(parsed=itemgetter("raw") | parser, parsing_error=lambda _: None)
     failed = RunnablePassthrough.assign(parsed=lambda _: None)
     return RunnableMap(raw=bound) | parsed.with_fallbacks([failed], exception_key="parsing_error")
+
+
+def _whole(chunks: Iterator[AIMessage]) -> Iterator[AIMessage]:
+    for chunk in chunks:
+        _refuse_cut(chunk)
+        yield chunk
+
+
+async def _awhole(chunks: AsyncIterator[AIMessage]) -> AsyncIterator[AIMessage]:
+    async for chunk in chunks:
+        _refuse_cut(chunk)
+        yield chunk
+
+
+def _refuse_cut(answer: AIMessage) -> None:
+    """Parsers complete what was cut, and so make up what was never said."""
+    if answer.response_metadata.get("finish_reason") == "length":
+        raise OutputParserException("the answer does not fit into max_tokens: raise it", llm_output=answer.text)

@@ -8,14 +8,13 @@ the sessions hold: sessions that another process made or continued are read agai
 from __future__ import annotations
 
 import logging
-import re
 import threading
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import accumulate, count
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 from infllm_agent.catalog import SessionInfo
-from infllm_agent.errors import CorruptSession, StorageError, UnknownSession
+from infllm_agent.errors import CorruptSession, SessionMismatch, StorageError, UnknownSession
 from infllm_agent.integrations.turns import BEGINNING, Turn, link
 from infllm_agent.records import Message
 from infllm_agent.runtime import AgentRuntime
@@ -55,19 +54,21 @@ class PrefixTree:
         self._mutex = threading.RLock()
         self._lines: dict[str, _Line] = {}  # by session id
 
-    def places(self, runtime: AgentRuntime, base: str, history: Sequence[bytes]) -> list[Place]:
-        """Where the family's sessions leave ``history`` (the digests of its beginnings), the deepest place first.
+    def places(self, runtime: AgentRuntime, sessions: Iterable[SessionInfo], history: Sequence[bytes]) -> list[Place]:
+        """Where sessions leave ``history`` (the digests of its beginnings), the deepest place first; those left out
+        that cannot be read, or not with the runtime's model and memory.
 
-        Of places equally deep, ends of sessions come first, then the family's first session, then the latest used.
+        Of places equally deep, ends of sessions come first, then the earlier of ``sessions``.
         """
         found = []
-        for info in family(runtime, base):
+        for info in sessions:
             try:
-                found.append((info, self._place(runtime, info, history)))
+                found.append(self._place(runtime, info, history))
+            except SessionMismatch as error:
+                log.debug("passed over: %s", error)
             except (CorruptSession, StorageError, UnknownSession) as error:  # damaged, or deleted just now
                 log.warning('session "%s" is passed over: %s', info.name, error)
-        found.sort(key=lambda pair: (-pair[1].messages, not pair[1].is_end, pair[0].name != base, -pair[0].updated))
-        return [place for _, place in found]
+        return sorted(found, key=lambda place: (-place.messages, not place.is_end))
 
     def note(self, session: Session) -> Sequence[bytes]:
         """The digests of the beginnings of what a session holds, all of it committed; remembered."""
@@ -102,17 +103,7 @@ class PrefixTree:
             if line is None or line.generation < info.generation:  # the catalogue may be behind, never ahead
                 known = line.digests if line else [BEGINNING]
                 with SessionStore.open(runtime.root, info.name, readonly=True) as store:
+                    runtime.check(info.name, store.fingerprint)
                     new = store.messages(len(known) - 1, info.messages)
                 line = self._lines[info.id] = _Line(info.generation, [*known, *beginnings(new, known[-1])[1:]])
             return line.digests
-
-
-def family(runtime: AgentRuntime, base: str) -> list[SessionInfo]:
-    """The session named ``base`` and its branches, as of their last commits."""
-    member = re.compile(re.escape(base) + r"(\.b[1-9][0-9]*)?")
-    return [info for info in runtime.sessions() if member.fullmatch(info.name)]
-
-
-def branch_names(base: str) -> Iterator[str]:
-    """The names of a family, in their order."""
-    return (base if number == 1 else f"{base}.b{number}" for number in count(1))

@@ -7,12 +7,12 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from infllm_agent.tools import ToolCall, ToolSpec
 from langchain_core.messages import AIMessage, BaseMessage, ChatMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.prompt_values import PromptValue
 
 from infllm_agent.chat import ROLES
 from infllm_agent.records import Message
+from infllm_agent.tools import ToolCall, ToolSpec
 
 #: What ``SessionRunnable`` takes: a user's text, a message, an event, a prompt, or a list of them.
 SessionInput = (
@@ -74,7 +74,7 @@ def history_of(
                     f"message {number} of {len(messages)} is the result of a tool call {message.tool_call_id!r} that "
                     "no AIMessage before it made; keep the message with the call, or leave out the result"
                 )
-            turn = turn._replace(name=turn.name or asked[message.tool_call_id])
+            turn = turn._replace(name=turn.name or asked[message.tool_call_id] or None)
         elif isinstance(message, AIMessage):
             asked |= {call["id"]: call["name"] for call in message.tool_calls if call["id"]}
             asked |= {call["id"]: call["name"] or "" for call in message.invalid_tool_calls if call["id"]}

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import errno
 import importlib.util
 import os
+import pickle
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from langchain_core.callbacks import BaseCallbackHandler
+from langchain_core.exceptions import ContextOverflowError
 from langchain_core.load import dumps, loads
 from langchain_core.messages import (
     AIMessage,
@@ -28,15 +32,16 @@ from langchain_core.messages import (
     ToolMessage,
 )
 from langchain_core.prompts import ChatPromptTemplate
-from langchain_core.runnables import RunnableLambda
+from langchain_core.runnables import ConfigurableField, RunnableLambda
 from pydantic import ValidationError
 
 from infllm_agent.catalog import Catalog
 from infllm_agent.config import MemoryConfig, default_root
-from infllm_agent.errors import ConfigError, InvalidName, SessionBusy
+from infllm_agent.errors import ConfigError, SessionBusy, StorageError
 from infllm_agent.integrations.langchain import ChatInfLLM, SessionRunnable
 from infllm_agent.model import LocalModel
 from infllm_agent.runtime import AgentRuntime
+from infllm_agent.store import SessionStore
 from infllm_agent.tools import ToolCall
 
 MEMORY = MemoryConfig(n_init=8, n_local=64, block_size=16, repr_topk=2, topk=2, chunk_size=32, max_cached_block=4)
@@ -456,11 +461,44 @@ def test_arguments_that_cannot_work(make):
         llm.invoke("hi", temprature=1)
     with pytest.raises(ValueError, match="another model"):
         llm.invoke("hi", model="gpt-5")
-    with pytest.raises(InvalidName):
-        llm.invoke("hi", session_id="../x")
+    with pytest.raises(ConfigError, match="temperature"):
+        llm.invoke("hi", temperature=-1)
     for fields in ({"temperature": -1}, {"sesion_id": "x"}, {"stop": [""]}, {"root": "/tmp"}):
         with pytest.raises(ValidationError):
             make(**fields)
+
+
+@pytest.mark.parametrize("thread_id", ["ada@example.com", "../x", "user/1", "\u00e4", "x" * 200, "ops.b2", "-"])
+def test_threads_of_any_name(make, thread_id):
+    """LangGraph's thread ids are any text; a session's name is made of them."""
+    llm = make()
+    messages, _ = converse(llm, ["one", "two"], session_id=thread_id)
+    llm.invoke([*messages[:2], HumanMessage("three")], session_id=thread_id)
+    name = llm.latest_line(thread_id)
+    assert session_names(llm) == [name.removesuffix(".b2"), name]
+    assert llm.latest_line("ops") is None
+    assert len(llm.delete_session(thread_id)) == 2
+
+
+def test_a_call_may_leave_settings_to_the_object(make):
+    llm = make(timeout=60)
+    assert llm.invoke("hi", max_tokens=None, temperature=None).usage_metadata["output_tokens"] <= 4
+    with pytest.raises(TimeoutError):
+        llm.invoke("hi", timeout=1e-9)
+
+
+def test_a_full_disk_is_a_context_overflow(make, monkeypatch):
+    llm = make(session_id="full")
+    messages, _ = converse(llm, ["one"])
+
+    def full(*arguments: Any, **more: Any) -> int:
+        raise StorageError("session.db: no space left on device") from OSError(errno.ENOSPC, "no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SessionStore, "commit", full)
+        with pytest.raises(ContextOverflowError, match=r'session "full" of \d+ tokens cannot grow: .*no space'):
+            llm.invoke([*messages, HumanMessage("two")])
+    assert llm.invoke([*messages, HumanMessage("two")]).response_metadata["session_id"] == "full"
 
 
 # -- as a LangChain object ---------------------------------------------------------------------------------------------
@@ -474,6 +512,35 @@ def test_serialised_without_its_runtime(make):
     assert again.model_dump() == llm.model_dump()
     assert again.memory == MEMORY
     assert again.runtime is None
+
+
+def test_copies_pickles_and_configurable_fields(make, tmp_path, tiny_model_folder, monkeypatch):
+    llm = ChatInfLLM(root=tmp_path / "own", model=str(tiny_model_folder), max_tokens=2)
+    first = llm.invoke("hi")
+    loads_of_model = []
+    monkeypatch.setattr(LocalModel, "load", lambda *arguments, **more: loads_of_model.append(arguments))
+    for copied in (copy.deepcopy(llm), pickle.loads(pickle.dumps(llm))):
+        assert copied.invoke("hi").text == first.text
+    other = llm.configurable_fields(max_tokens=ConfigurableField("limit"))
+    answers = [other.invoke("hi", {"configurable": {"limit": limit}}) for limit in (1, 3)]
+    assert [answer.usage_metadata["output_tokens"] for answer in answers] == [1, 3]
+    assert loads_of_model == []
+    given = make().configurable_fields(temperature=ConfigurableField("heat"))
+    assert given.invoke("hi", {"configurable": {"heat": 0.5}})
+    llm.close()
+    assert list(Catalog(tmp_path / "own").list()) == []  # nobody could name the anonymous session
+
+
+def test_an_object_that_closes_waits_for_the_calls_of_others(tmp_path, tiny_model_folder):
+    one, other = (ChatInfLLM(root=tmp_path, model=str(tiny_model_folder), session_id="s", max_tokens=30) for _ in "ab")
+    with ThreadPoolExecutor(1) as pool:
+        with closing(one.stream("hi")) as stream:
+            next(stream)
+            closed = pool.submit(other.close)
+            pieces = list(stream)
+        closed.result(timeout=30)
+    assert pieces[-1].response_metadata["finish_reason"]
+    one.close()
 
 
 def test_the_root_is_the_users_unless_told_otherwise(monkeypatch, tmp_path):

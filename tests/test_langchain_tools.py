@@ -24,6 +24,7 @@ from infllm_agent.integrations.langchain import ChatInfLLM
 from infllm_agent.integrations.request import tool_choice
 from infllm_agent.model import LocalModel
 from infllm_agent.runtime import AgentRuntime
+from infllm_agent.session import Session
 
 MEMORY = MemoryConfig(n_local=256, topk=8, candidates=16, max_cached_block=16)
 
@@ -40,6 +41,12 @@ class Walk(TypedDict):
 
     steps: Annotated[int, ..., "how many"]
     where: Annotated[Literal["park", "town"], ..., "where to"]
+
+
+class Note(BaseModel):
+    """A note."""
+
+    text: str
 
 
 @tool
@@ -114,6 +121,27 @@ def test_several_calls_and_none(make):
     none = make(max_tokens=8).bind_tools([read_log], tool_choice="none").invoke("go")
     assert none.tool_calls == []
     assert none.text
+
+
+def test_text_before_calls_stays_apart_from_them(make, monkeypatch):
+    """In content made of blocks, what has the same index is merged."""
+
+    def reply(self: Session, **options: Any) -> Iterator[str]:
+        yield from self_reply(self, **{**options, "tool_choice": "auto", "prefix": "I look."})
+
+    self_reply = Session.stream_reply
+    monkeypatch.setattr(Session, "stream_reply", reply)
+    llm = make(output_version="v1", temperature=1.0, max_tokens=400).bind_tools([read_log])
+    for seed in range(30):
+        full: Any = None
+        for chunk in llm.stream(f"go {seed}", seed=seed):
+            full = chunk if full is None else full + chunk
+        if full.tool_calls:
+            break
+    kinds = [block["type"] for block in full.content]
+    assert kinds[0] == "text"
+    assert "name" not in full.content[0]
+    assert kinds.count("tool_call") + kinds.count("tool_call_chunk") == len(full.tool_calls)
 
 
 def test_a_history_with_calls_goes_on_warm_and_is_read_cold(make):
@@ -205,11 +233,18 @@ def test_include_raw_has_the_answer_and_what_was_wrong_with_it(make):
     assert good["parsing_error"] is None
 
 
-def test_an_answer_cut_short_is_no_object(make):
-    raw = make(max_tokens=3).with_structured_output(Page, include_raw=True).invoke("go")
-    assert raw["raw"].response_metadata["finish_reason"] == "length"
-    assert raw["parsed"] is None
-    assert isinstance(raw["parsing_error"], OutputParserException)
+@pytest.mark.parametrize("method", ["json_schema", "function_calling", "json_mode"])
+@pytest.mark.parametrize("schema", [Page, Note, Walk, Note.model_json_schema()], ids=["Page", "Note", "Walk", "JSON"])
+def test_an_answer_cut_short_is_no_object(make, method, schema):
+    """Parsers would complete it, and make up what was never said."""
+    for limit in (3, 8):
+        llm = make(max_tokens=limit)
+        raw = llm.with_structured_output(schema, method=method, include_raw=True).invoke("go")
+        assert raw["raw"].response_metadata["finish_reason"] == "length"
+        assert raw["parsed"] is None
+        assert isinstance(raw["parsing_error"], OutputParserException)
+        with pytest.raises(OutputParserException, match="does not fit into max_tokens"):
+            llm.with_structured_output(schema, method=method).invoke("go")
 
 
 def test_agents_end_with_an_object(make):
@@ -231,6 +266,7 @@ def test_agents_end_with_an_object(make):
         ([{"name": "f", "parameters": 3}], None, "f"),
         ([read_log], "write_log", "'write_log' is neither auto, none, any nor one of the tools: read_log"),
         ([], "any", "needs tools"),
+        ([{"type": "web_search_preview"}], None, "its provider's own"),
         ([{"name": "a b", "description": "", "parameters": {}}], None, "not allowed"),
     ],
 )

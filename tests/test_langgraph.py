@@ -140,6 +140,32 @@ def test_a_retriever_over_the_history(make):
     assert len(SessionRetriever(llm=llm).invoke("disk", of("ops"), before=soon)) == 2
 
 
+def test_reading_and_deleting_need_no_model(make, tmp_path):
+    llm = make(max_tokens=1, session_id="ops")
+    llm.invoke([HumanMessage("db-3 says: disk full")])
+    root = llm.runtime.root
+    llm.runtime.close()
+    apart = ChatInfLLM(root=root, model="no such model", session_id="ops")
+    assert [document.page_content for document in SessionRetriever(llm=apart).invoke("disk")] == [
+        "db-3 says: disk full"
+    ]
+    assert apart.prune() == []
+    assert apart.delete_session() == ["ops"]
+
+
+def test_a_search_does_not_find_itself(make):
+    llm = make(max_tokens=1)
+    search = history_tool(llm)
+    call = {"name": "search_history", "args": {"query": "window"}, "id": "call00001"}
+    other = {"name": "open", "args": {"what": "window"}, "id": "call00002"}
+    history = [HumanMessage("?"), AIMessage("", tool_calls=[call]), ToolMessage("No window.", tool_call_id="call00001")]
+    history += [AIMessage("", tool_calls=[other]), ToolMessage("done", tool_call_id="call00002"), HumanMessage("!")]
+    llm.invoke(history, session_id="ops")
+    said = search.invoke({"query": '"window"'}, of("ops"))
+    assert '"name": "open"' in said
+    assert "search_history" not in said
+
+
 def test_an_agent_searches_its_own_history(make):
     llm = make(max_tokens=1)
     search = history_tool(llm)

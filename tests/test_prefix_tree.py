@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import aclosing, closing
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from langchain_core.caches import InMemoryCache
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage, ToolMessage
 
 from infllm_agent.config import MemoryConfig
-from infllm_agent.integrations.desk import KEPT_OPEN
+from infllm_agent.integrations.desk import KEPT_OPEN, desk_of
 from infllm_agent.integrations.langchain import ChatInfLLM, DivergedHistory
 from infllm_agent.integrations.tree import PrefixTree, beginnings
 from infllm_agent.integrations.turns import Turn
@@ -30,6 +31,7 @@ MEMORY = MemoryConfig(
 )
 #: So large that a short history is attended to in full, however it was cut into chunks.
 WIDE = MemoryConfig(n_init=8, n_local=2048, block_size=16, topk=2, candidates=4, chunk_size=256, max_cached_block=4)
+PAPER = {"n_init": 4, "n_local": 16, "block_size": 8, "topk": 2, "chunk_size": 16, "max_cached_block": 4}
 TALK = ["Which host is down?", "Since when?", "Who has been told?"]
 
 
@@ -323,6 +325,110 @@ def test_another_process_has_the_main_line(make, monkeypatch):
     check(llm, edited, answer)
 
 
+def test_a_damaged_branch_is_passed_over(make, caplog):
+    llm = make()
+    messages = converse(llm, TALK[:2])
+    llm.invoke([*messages[:3], HumanMessage("Until when?")])
+    runtime = llm.runtime
+    folder = runtime.session("main.b2").store.folder
+    runtime.close()
+    desk_of(runtime).tree = PrefixTree()  # as another process would begin
+    database = (folder / "session.db").read_bytes()
+    (folder / "session.db").write_bytes(database[:4096] + b"\xff" * (len(database) - 4096))
+    edited = [*messages[:3], HumanMessage("By whom?")]
+    answer = llm.invoke(edited)
+    assert answer.response_metadata["session_id"] == "main.b3"
+    assert kept(answer) > 0
+    assert '"main.b2" is passed over' in caplog.text
+
+
+def test_what_a_failed_call_made_is_gone(make):
+    """Else an empty session would stand in the way of the longest beginning."""
+    llm = make(on_divergence="branch")
+    messages = converse(llm, TALK)
+    with closing(llm.stream("Something else entirely.")) as stream:
+        next(stream)
+    with closing(llm.stream([*messages[:5], HumanMessage("Left early.")])) as stream:
+        next(stream)
+    assert [info.name for info in llm.runtime.sessions()] == ["main"]
+    answer = llm.invoke([*messages[:5], HumanMessage("Who must be told?")])
+    assert kept(answer) > 0.6 * answer.usage_metadata["input_tokens"]
+
+
+def test_a_shallow_end_is_no_better_than_a_deep_place(make):
+    llm = make()
+    messages = converse(llm, TALK)
+    llm.runtime.session("main.b2").close()  # made, and empty
+    edited = [*messages[:5], HumanMessage("Who must be told?")]
+    answer = llm.invoke(edited)
+    assert answer.response_metadata["session_id"] == "main.b3"
+    assert kept(answer) > 0.6 * answer.usage_metadata["input_tokens"]
+    check(llm, edited, answer)
+
+
+def test_another_model_on_the_same_thread_begins_anew(make, tiny_model):
+    llm = make()
+    messages = converse(llm, TALK[:1])
+    other = AgentRuntime(llm.runtime.root, tiny_model, MEMORY.changed(topk=2))
+    theirs = ChatInfLLM(runtime=other, session_id="main", max_tokens=4)
+    more = [*messages, HumanMessage("And now?")]
+    answer = theirs.invoke(more)
+    assert (answer.response_metadata["session_id"], kept(answer)) == ("main.b2", 0)
+    assert llm.invoke(more).response_metadata["session_id"] == "main"
+    assert theirs.invoke([*more, answer, HumanMessage("So?")]).response_metadata["session_id"] == "main.b2"
+    other.close()
+
+
+def test_a_fork_that_reads_again_obeys_its_own_call(tmp_path, tiny_model):
+    """Where the memory cannot go back, the log is read anew: at the new call's cost, and while it wants."""
+    with AgentRuntime(tmp_path, tiny_model, MemoryConfig.paper(**PAPER)) as runtime:
+        llm = ChatInfLLM(runtime=runtime, session_id="main", max_tokens=4)
+        messages = converse(llm, ["word " * 300, "And?"])
+        edited = [*messages[:3], HumanMessage("Or?")]
+        with pytest.raises(TimeoutError):
+            llm.invoke(edited, timeout=1e-3)
+        assert [info.name for info in runtime.sessions()] == ["main"]
+        answer = llm.invoke(edited)
+        assert kept(answer) == 0
+        assert answer.usage_metadata["input_token_details"]["cache_creation"] > 300
+
+
+def test_many_edits_of_many_sessions_at_once(make):
+    """Sessions are closed when idle, never under a call that forks from them."""
+    llm = make(max_tokens=1)
+    threads = [f"s{number}" for number in range(KEPT_OPEN + 2)]
+    asked = [HumanMessage("hello"), AIMessage("hello"), HumanMessage("and?")]
+    for thread in threads:
+        llm.invoke(asked, session_id=thread)
+    jobs = [(thread, number) for number in range(4) for thread in threads]
+    with ThreadPoolExecutor(8) as pool:
+        edits = [
+            pool.submit(llm.invoke, [*asked[:2], HumanMessage(f"or {number}?")], session_id=thread)
+            for thread, number in jobs
+        ]
+        for (thread, _), edit in zip(jobs, edits, strict=True):
+            assert edit.result(timeout=60).response_metadata["session_id"].startswith(f"{thread}.b")
+    assert len(llm.runtime.sessions()) == len(threads) + len(jobs)
+
+
+def test_an_async_stream_that_is_left_is_taken_back(make):
+    llm = make(max_tokens=6)
+    messages = converse(llm, TALK[:1])
+    before = main_line(llm)
+    more, sampling = [*messages, HumanMessage("And now?")], {"max_tokens": 60, "temperature": 1.5}
+    # The thread that writes is a piece or two ahead: with so few the answer might be there already.
+    many = [seed for seed in range(20) if len(list(llm.stream(more, **sampling, seed=seed, session_id="try"))) > 8]
+
+    async def leave() -> None:
+        async with aclosing(llm.astream(more, **sampling, seed=many[0])) as stream:
+            async for _ in stream:
+                break
+
+    asyncio.run(leave())
+    with desk_of(llm.runtime).by_name(llm.runtime, "main", lambda: False):  # once the other has let go
+        assert main_line(llm) == before
+
+
 _texts = st.sampled_from("abc")
 
 
@@ -337,14 +443,11 @@ def test_the_deepest_place_is_found(lines, history):
             self.generation = self.messages = len(line)
             self.updated = float(number)
 
-    class Runtime:
-        def sessions(self) -> list[Info]:
-            return [Info(number, line) for number, line in enumerate(lines)]
-
+    infos = [Info(number, line) for number, line in enumerate(lines)]
     tree = PrefixTree()
     for number, line in enumerate(lines):
         tree._lines[str(number)] = tree._lines.get(str(number)) or _line(line)
-    places = tree.places(Runtime(), "main", beginnings([Turn("user", text) for text in history]))
+    places = tree.places(None, infos, beginnings([Turn("user", text) for text in history]))
     for place in places:
         line = lines[0 if place.name == "main" else int(place.name.removeprefix("main.b")) - 1]
         shared = 0
