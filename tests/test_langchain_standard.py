@@ -51,7 +51,7 @@ class TestUnit(_Model, ChatModelUnitTests):
 class TestIntegration(_Model, ChatModelIntegrationTests):
     @property
     def chat_model_params(self) -> dict[str, Any]:
-        return {"root": "sessions", "max_tokens": 48}
+        return {"root": "sessions", "max_tokens": 40}
 
     @property
     def supports_json_mode(self) -> bool:

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, closing
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -417,10 +418,11 @@ def test_an_async_stream_that_is_left_is_taken_back(make):
     before = main_line(llm)
     more, sampling = [*messages, HumanMessage("And now?")], {"max_tokens": 60, "temperature": 1.5}
     # The thread that writes is a piece or two ahead: with so few the answer might be there already.
-    many = [seed for seed in range(20) if len(list(llm.stream(more, **sampling, seed=seed, session_id="try"))) > 8]
+    tries = (len(list(llm.stream(more, **sampling, seed=seed, session_id="try"))) for seed in count())
+    seed = next(seed for seed, pieces in enumerate(tries) if pieces > 8)
 
     async def leave() -> None:
-        async with aclosing(llm.astream(more, **sampling, seed=many[0])) as stream:
+        async with aclosing(llm.astream(more, **sampling, seed=seed)) as stream:
             async for _ in stream:
                 break
 
