@@ -14,13 +14,14 @@ from typing import Any
 from torch import Tensor
 
 from infllm_agent import snapshot
-from infllm_agent.chat import ChatFormat, TextStream
+from infllm_agent.chat import ChatFormat
 from infllm_agent.config import MemoryConfig, SamplingConfig
 from infllm_agent.database import storage_errors
 from infllm_agent.errors import Cancelled, ConfigError, InfLLMError, SessionBusy, SessionClosed
 from infllm_agent.fork import check_messages, replay, write_fork
 from infllm_agent.grammar import Constraint
 from infllm_agent.memory import ContextMemory
+from infllm_agent.message_stream import MessageStream
 from infllm_agent.model import LocalModel
 from infllm_agent.records import Extent, Log, Message
 from infllm_agent.reply import Reply, Usage
@@ -33,68 +34,6 @@ from infllm_agent.writer import Writer
 
 #: How many tokens of an answer its trace looks at.
 TRACE_TOKENS = 16
-
-
-class MessageStream:
-    """A message that arrives piece by piece; what is written is ingested at once, chunk by chunk.
-
-    Use it in a ``with`` statement. If the block fails, the message is closed with what had arrived.
-    """
-
-    def __init__(
-        self,
-        session: Session,
-        role: str,
-        name: str | None,
-        call_id: str | None,
-        calls: tuple[ToolCall, ...],
-        tools: tuple[ToolSpec, ...],
-    ) -> None:
-        self._session = session
-        self._role, self._name, self._call_id = role, name, call_id
-        self._calls, self._tools = calls, tools
-        self._start, self._time = session.token_count, time.time()
-        self._pieces: list[str] = []
-        session._take(session.chat.open(role, name=name, first=self._start == 0, tools=tools, call_id=call_id))
-        self._tokens = TextStream(session.chat.encoder)
-        self.message: Message | None = None
-
-    def write(self, text: str) -> None:
-        """Append text; returns when all full chunks of it have gone through the model."""
-        with self._session._working():
-            if self.message is not None:
-                raise SessionBusy("this message is complete; open another")
-            text = self._session.chat.encoder.clean(text)
-            self._pieces.append(text)
-            self._session._take(self._tokens.write(text))
-            self._session.ingest()
-
-    def close(self) -> Message:
-        """Complete the message; more than once does no harm."""
-        with self._session._working():
-            if self.message is None:
-                text = "".join(self._pieces)
-                close = self._session.chat.close(
-                    self._role,
-                    name=self._name,
-                    tools=self._tools,
-                    call_id=self._call_id,
-                    calls=self._calls,
-                    after_text=bool(text),
-                )
-                self._session._take(self._tokens.close() + close)
-                self.message = self._session._record(
-                    self._role, text, self._start, self._time, self._name, self._call_id, self._calls, self._tools
-                )
-                self._session._stream = None
-                self._session.ingest()
-            return self.message
-
-    def __enter__(self) -> MessageStream:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
 
 class Session:

@@ -32,7 +32,7 @@ LAYERS = [
         "reply",
         "fingerprint",
     ],
-    ["session"],
+    ["message_stream", "session"],
     ["runtime"],
     ["integrations", "bench", "demo", "cli", "cli_chat", "cli_input", "cli_options", "cli_output", "cli_sessions"],
 ]
