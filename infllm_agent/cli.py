@@ -31,8 +31,9 @@ from infllm_agent.errors import Cancelled
 from infllm_agent.store import SessionStore
 
 if TYPE_CHECKING:
+    from infllm_agent.message_stream import MessageStream
     from infllm_agent.reply import Reply
-    from infllm_agent.session import MessageStream, Session
+    from infllm_agent.session import Session
 
 #: Streamed messages are committed when about this many tokens have come since the last commit.
 COMMIT_TOKENS = 8192
