@@ -73,7 +73,7 @@ class Growing:
         record = next(records)
         text, used = [self.head], count(self.head)
         stated: list[tuple[Record, int]] = []
-        stretches = []
+        stretches: list[Stretch] = []
         for tokens in sorted(set(lengths)):
             if used + count(record.text) > tokens - room and not stated:
                 raise ConfigError(
@@ -86,6 +86,11 @@ class Growing:
                 text.append(record.text)
                 used += size
                 record = next(records)
+            if not text:
+                raise ConfigError(
+                    f"{stretches[-1].tokens} and {tokens} tokens are too close for {self.name}: "
+                    "nothing fits between them"
+                )
             rng = random.Random(f"{self.name}/{seed}/{number}/{tokens}")
             asked = self.ask([replace(record, depth=place / used) for record, place in stated])
             rounds = self._rounds(asked, number, questions, rng, tokens)
