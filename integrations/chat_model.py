@@ -48,9 +48,8 @@ _NOT_SAMPLING = ("stream", "timeout", *_HOSTED_ONLY)
 _INPUT_TOKENS = 100_000_000
 
 _runtimes: WeakValueDictionary[tuple[str, str, MemoryConfig | None, str, str], AgentRuntime] = WeakValueDictionary()
-_latest: list[
-    AgentRuntime
-] = []  # the one used last: objects that live for one call only (configurable fields) share it
+#: The one used last: kept for objects that live for one call only, as configurable fields make them.
+_latest: list[AgentRuntime] = []
 _opening = threading.Lock()  # held long: opening loads the model
 
 

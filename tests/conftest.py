@@ -10,11 +10,14 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from infllm_agent.store import SessionStore
+
+if TYPE_CHECKING:
+    from infllm_agent.model import LocalModel
 
 # transformers reads it when it is imported; the command line, which runs here in this process, sets it before that.
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
@@ -62,6 +65,24 @@ def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     overrides = {"vocab_size": tokenizer.get_vocab_size(), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     build("LlamaConfig", overrides).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tiny_model_folder: Path) -> LocalModel:
+    from infllm_agent.model import LocalModel
+
+    return LocalModel.load(str(tiny_model_folder), dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """The tiny model's sums are so short that threads would spend all time waiting for each other."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import copy
 import errno
-import importlib.util
 import os
 import pickle
 import threading
@@ -13,11 +12,9 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, closing
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.exceptions import ContextOverflowError
 from langchain_core.load import dumps, loads
@@ -33,6 +30,7 @@ from langchain_core.messages import (
 )
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import ConfigurableField, RunnableLambda
+from load_example import load_example
 from pydantic import ValidationError
 
 from infllm_agent.catalog import Catalog
@@ -49,18 +47,7 @@ MEMORY = MemoryConfig(n_init=8, n_local=64, block_size=16, repr_topk=2, topk=2, 
 WIDE = MemoryConfig(n_init=8, n_local=1024, block_size=16, repr_topk=2, topk=2, chunk_size=256, max_cached_block=4)
 
 
-@pytest.fixture(scope="module")
-def tiny_model(tiny_model_folder: Path) -> LocalModel:
-    return LocalModel.load(str(tiny_model_folder), dtype="float32")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """The tiny model's sums are so short that threads would spend all time waiting for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
@@ -685,13 +672,3 @@ def test_the_example(tmp_path, tiny_model_folder, capsys):
     example.main(arguments)
     assert "[0 tokens kept" in first
     assert "> Which machine needs attention?" in first
-
-
-def load_example(name: str) -> ModuleType:
-    path = Path(__file__).parent.parent / "examples" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
-import torch
 from langchain.agents import create_agent
 from langchain.agents.structured_output import ToolStrategy
 from langchain_core.exceptions import OutputParserException
@@ -55,17 +54,7 @@ def read_log(host: Literal["db-3", "web-1"], lines: int = 10) -> str:
     return "02:14 disk full"
 
 
-@pytest.fixture(scope="module")
-def tiny_model(tiny_model_folder: Path) -> LocalModel:
-    return LocalModel.load(str(tiny_model_folder), dtype="float32")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

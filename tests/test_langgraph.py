@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import re
-import sys
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
 from langchain.agents import create_agent
 from langchain.agents.middleware import wrap_model_call
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.tools import tool
 from langgraph.checkpoint.memory import InMemorySaver
+from load_example import load_example
 
 from infllm_agent.config import MemoryConfig
 from infllm_agent.integrations.langchain import ChatInfLLM, SessionRunnable
@@ -31,17 +28,7 @@ MEMORY = MemoryConfig(
 )
 
 
-@pytest.fixture(scope="module")
-def tiny_model(tiny_model_folder: Path) -> LocalModel:
-    return LocalModel.load(str(tiny_model_folder), dtype="float32")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
@@ -181,24 +168,13 @@ def test_an_agent_searches_its_own_history(make):
 # -- the examples, as a user runs them ---------------------------------------------------------------------------------
 
 
-def example(name: str) -> ModuleType:
-    path = Path(__file__).parent.parent / "examples" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"example_{name}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # pydantic looks there for what annotations name
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
 def arguments(tmp_path: Path, tiny_model_folder: Path) -> list[str]:
     return ["--root", str(tmp_path / "sessions"), "--model", str(tiny_model_folder)]
 
 
 def test_example_agent(arguments, capsys):
-    example("agent").main([*arguments, "--max-tokens", "64"])
+    load_example("agent").main([*arguments, "--max-tokens", "64"])
     printed = capsys.readouterr().out
     assert printed.count("> ") == 2
     assert len(re.findall(r"^  (read_log|search_history)\(\{.*\[\d+ tokens kept, \d+ new\]$", printed, re.M)) == 2
@@ -206,7 +182,7 @@ def test_example_agent(arguments, capsys):
 
 
 def test_example_days(arguments, capsys):
-    module = example("days")
+    module = load_example("days")
     few = [*arguments, "--max-tokens", "4"]
     module.main(["My name is Ada, and I look after db-3.", *few])
     module.main(["What is my name?", *few])
@@ -220,7 +196,7 @@ def test_example_days(arguments, capsys):
 def test_example_observer(arguments, tmp_path, capsys):
     log = tmp_path / "server.log"
     log.write_text("".join(f"02:{minute:02} request served\n" for minute in range(30)))
-    module = example("observer")
+    module = load_example("observer")
     module.main([str(log), "--every", "10", "--max-tokens", "4", *arguments])
     counts = [int(count) for count in re.findall(r"^(\d+) tokens so far", capsys.readouterr().out, re.M)]
     assert len(counts) == 3
@@ -236,7 +212,7 @@ def test_example_observer(arguments, tmp_path, capsys):
 
 
 def test_example_extraction(arguments, capsys):
-    example("extraction").main([*arguments, "--max-tokens", "256"])
+    load_example("extraction").main([*arguments, "--max-tokens", "256"])
     assert re.search(
         r"Incident\(host='(db-3|web-1)', cause=.*, severity='(low|medium|high)', minutes=\d+\)",
         capsys.readouterr().out,

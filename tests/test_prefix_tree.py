@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from langchain_core.caches import InMemoryCache
@@ -36,17 +35,7 @@ PAPER = {"n_init": 4, "n_local": 16, "block_size": 8, "topk": 2, "chunk_size": 1
 TALK = ["Which host is down?", "Since when?", "Who has been told?"]
 
 
-@pytest.fixture(scope="module")
-def tiny_model(tiny_model_folder: Path) -> LocalModel:
-    return LocalModel.load(str(tiny_model_folder), dtype="float32")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(params=["blocks", "window"])
