@@ -146,45 +146,31 @@ class Desk:
         history = beginnings(turns)
         unusable: set[str] = set()
         while True:
-            if cancelled():
-                raise Cancelled(f'session "{base}": stopped before it was opened')
-            with self._mutex:
-                name, source, made = self._choose(runtime, base, history, unusable, on_divergence)
-                lock = self._lock_of(name)
-                taken = lock.take_if_free()
-                self._forking[source.name if source else ""] += 1
-            try:
-                if not taken:
-                    lock.take(cancelled)
+            with self._claimed(runtime, base, history, unusable, on_divergence, cancelled) as (name, source, made):
                 try:
-                    try:
-                        session = self._open(runtime, name, source, cancelled)
-                    except (SessionLocked, CorruptSession):
-                        if source is None:
-                            raise
-                        unusable.add(source.name)  # in use by another process, or damaged: it is computed again
-                        continue
-                    except (SessionExists, SessionClosed, UnknownSession):
-                        if made:
-                            unusable.add(name)  # there by now, or in a folder that cannot be read
-                        continue
-                    # The call that was waited for may have gone on with it, or the catalogue be behind.
-                    digests = self.tree.note(session)
-                    known = len(digests) - 1
-                    if known < len(history) and digests[known] == history[known]:
-                        try:
-                            yield session
-                        except BaseException:
-                            if made:
-                                self._discard(runtime, session)
-                            raise
-                        self.tree.note(session)
-                        break
-                finally:
-                    lock.release()
-            finally:
-                with self._mutex:
-                    self._forking[source.name if source else ""] -= 1
+                    session = self._open(runtime, name, source, cancelled)
+                except (SessionLocked, CorruptSession):
+                    if source is None:
+                        raise
+                    unusable.add(source.name)  # in use by another process, or damaged: it is computed again
+                    continue
+                except (SessionExists, SessionClosed, UnknownSession):
+                    if made:
+                        unusable.add(name)  # there by now, or in a folder that cannot be read
+                    continue
+                # The call that was waited for may have gone on with it, or the catalogue be behind.
+                digests = self.tree.note(session)
+                known = len(digests) - 1
+                if known >= len(history) or digests[known] != history[known]:
+                    continue
+                try:
+                    yield session
+                except BaseException:
+                    if made:
+                        self._discard(runtime, session)
+                    raise
+                self.tree.note(session)
+                break
         if made and max_branches is not None:
             self.prune(runtime, base, max_branches)
         self._close_idle(runtime)
@@ -227,6 +213,36 @@ class Desk:
                 runtime.release(name)
             finally:
                 lock.release()
+
+    @contextmanager
+    def _claimed(
+        self,
+        runtime: AgentRuntime,
+        base: str,
+        history: Sequence[bytes],
+        unusable: set[str],
+        on_divergence: OnDivergence,
+        cancelled: CancelCheck,
+    ) -> Iterator[tuple[str, Place | None, bool]]:
+        """What ``_choose`` says; meanwhile the session is this call's alone, and the source stays."""
+        if cancelled():
+            raise Cancelled(f'session "{base}": stopped before it was opened')
+        with self._mutex:
+            name, source, made = self._choose(runtime, base, history, unusable, on_divergence)
+            lock = self._lock_of(name)
+            taken = lock.take_if_free()
+            used = source.name if source else ""
+            self._forking[used] += 1
+        try:
+            if not taken:
+                lock.take(cancelled)
+            try:
+                yield name, source, made
+            finally:
+                lock.release()
+        finally:
+            with self._mutex:
+                self._forking[used] -= 1
 
     def _choose(
         self,
