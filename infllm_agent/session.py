@@ -4,36 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import replace
 from itertools import islice
 from typing import Any
 
 from torch import Tensor
 
 from infllm_agent import snapshot
+from infllm_agent.answer import generate, writer_for
 from infllm_agent.chat import ChatFormat
 from infllm_agent.config import MemoryConfig, SamplingConfig
 from infllm_agent.database import storage_errors
 from infllm_agent.errors import Cancelled, ConfigError, InfLLMError, SessionBusy, SessionClosed
 from infllm_agent.fork import check_messages, replay, write_fork
-from infllm_agent.grammar import Constraint
 from infllm_agent.memory import ContextMemory
 from infllm_agent.message_stream import MessageStream
 from infllm_agent.model import LocalModel
 from infllm_agent.records import Extent, Log, Message
-from infllm_agent.reply import Reply, Usage
+from infllm_agent.reply import Reply
 from infllm_agent.store import SessionStore
 from infllm_agent.tailfile import read_tail, remove_other_tails, write_tail
-from infllm_agent.toolformat import short_id
 from infllm_agent.tools import ToolCall, ToolSpec
-from infllm_agent.trace import Trace
-from infllm_agent.writer import Writer
-
-#: How many tokens of an answer its trace looks at.
-TRACE_TOKENS = 16
 
 
 class Session:
@@ -256,107 +248,16 @@ class Session:
             prefix = self.chat.encoder.clean(prefix)
             if tools is None:
                 tools = self.tools if schema is None else ()
-            constraint = self._constraint(tools, tool_choice, parallel_calls, schema)
-            if constraint is not None and not constraint.start_with(self.chat.encoder.encode_text(prefix)):
-                raise ConfigError(f"the answer cannot begin with the prefix {prefix!r:.60}: its form does not allow it")
-            names = frozenset(tool.name for tool in tools) if tools else None
-            writer = Writer(self.chat, config, prefix=prefix, constraint=constraint, names=names)
-        return self._generate(writer, prefix)
-
-    def _constraint(
-        self, tools: Sequence[ToolSpec], tool_choice: str, parallel_calls: bool, schema: dict[str, Any] | None
-    ) -> Constraint | None:
-        chat = self.chat
-        if schema is not None:
-            if tool_choice not in ("auto", "none"):
-                raise ConfigError(f'schema and tool_choice "{tool_choice}" contradict each other: give one of them')
-            if tools and tool_choice == "auto":
-                return chat.grammars.calls_or_schema(
-                    chat.tools.form, chat.reader, tools, schema, parallel=parallel_calls
-                )
-            return chat.grammars.schema(schema)
-        if not tools and tool_choice in ("auto", "none"):
-            return None
-        return chat.grammars.calls(chat.tools.form, chat.reader, tools, tool_choice, parallel=parallel_calls)
-
-    def _generate(self, writer: Writer, prefix: str) -> Generator[str, None, None]:
-        # The lock is not held between pieces: the caller may take them from different threads.
-        with self._working():
-            self._idle()
-            self._generating = True
-        began, written = time.perf_counter(), time.time()
-        start = self.token_count
-        trace = Trace(self.config.n_init, self.config.block_size)
-        try:
-            with self._working():
-                fed_before = self.memory.length
-                # The last message and the request to answer go through the model as a chunk of their own: the lookup
-                # is then asked by the question alone. What waits before it goes first.
-                self._feed(max(0, self._last_start - self.memory.length))
-                self._take(self.chat.generation_prompt() + self.chat.encoder.encode_text(prefix))
-                self.memory.recorder = trace  # the first token of the answer is decided by the last of the question
-                logits = self._feed(len(self._pending), before_answer=True)
-        except BaseException:
-            self.memory.recorder = None
-            self._generating = False
-            if self.token_count > start:  # the turn was opened: close it, so that the next message stands well
-                self._take(self.chat.close("assistant"))
-                self._record("assistant", prefix, start, written, None, None)
-            raise
-        input_tokens, prefilled = self.token_count, self.memory.length - fed_before
-        first_token_s = 0.0
-        try:
-            if prefix:
-                yield prefix
-            tokens, piece = writer.begin()
-            while True:
-                if not tokens and not writer.finish_reason:
-                    assert logits is not None
-                    tokens, piece = writer.write(logits)
-                first_token_s = first_token_s or time.perf_counter() - began
-                self._take(tokens)
-                if piece:
-                    yield piece
-                if writer.finish_reason or self.cancelled():
-                    break
-                with self._working():
-                    self.memory.recorder = trace if len(writer.generated) < TRACE_TOKENS else None
-                    try:
-                        logits = self._feed(len(tokens))
-                    except Cancelled:  # between chunks of forced tokens
-                        break
-                tokens = []
-            if piece := writer.finish("cancelled"):
-                yield piece
-        finally:
-            # Also when the caller leaves early: the turn is closed with what was said.
-            self.memory.recorder = None
-            self._generating = False
-            writer.finish("cancelled")
-            ended = bool(writer.generated) and writer.generated[-1] in self.chat.stop_ids
-            self._take(self.chat.after_stop(writer.generated[-1]) if ended else self.chat.close("assistant"))
-            calls = self._with_ids(writer.calls)
-            message = self._record("assistant", writer.text, start, written, None, None, calls)
-            self.last_reply = Reply(
-                text=message.text,
-                usage=Usage(input_tokens, prefilled, input_tokens - prefilled, len(writer.generated)),
-                finish_reason=writer.finish_reason,
-                first_token_s=first_token_s,
-                seconds=time.perf_counter() - began,
-                trace=trace,
-                message=message,
-                tool_calls=calls,
-                invalid_calls=writer.invalid_calls,
+            writer = writer_for(
+                self.chat,
+                config,
+                prefix=prefix,
+                tools=tools,
+                tool_choice=tool_choice,
+                parallel_calls=parallel_calls,
+                schema=schema,
             )
-
-    def _with_ids(self, calls: Sequence[ToolCall]) -> tuple[ToolCall, ...]:
-        """The calls, each with an id of its own: results must say what they answer."""
-        named: list[ToolCall] = []
-        for number, call in enumerate(calls):
-            if call.id is None or call.id in [other.id for other in named]:
-                call = replace(call, id=short_id(f"{self.store.id} {self.message_count} {number}"))
-            named.append(call)
-        return tuple(named)
+        return generate(self, writer, prefix)
 
     # -- what lasts ------------------------------------------------------------------------------------------------
 

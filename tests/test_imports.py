@@ -32,7 +32,7 @@ LAYERS = [
         "reply",
         "fingerprint",
     ],
-    ["message_stream", "session"],
+    ["answer", "message_stream", "session"],
     ["runtime"],
     ["integrations", "bench", "demo", "cli", "cli_chat", "cli_input", "cli_options", "cli_output", "cli_sessions"],
 ]
