@@ -5,18 +5,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from infllm_agent.config import MemoryConfig, SamplingConfig
+    from infllm_agent.config import MemoryConfig, RuntimeConfig, SamplingConfig
     from infllm_agent.errors import InfLLMError
     from infllm_agent.runtime import AgentRuntime
     from infllm_agent.session import Session
 
-__all__ = ["AgentRuntime", "InfLLMError", "MemoryConfig", "SamplingConfig", "Session", "__version__"]
+__all__ = ["AgentRuntime", "InfLLMError", "MemoryConfig", "RuntimeConfig", "SamplingConfig", "Session", "__version__"]
 __version__ = "0.1.0"
 
 _HOME = {
     "AgentRuntime": "runtime",
     "InfLLMError": "errors",
     "MemoryConfig": "config",
+    "RuntimeConfig": "config",
     "SamplingConfig": "config",
     "Session": "session",
 }

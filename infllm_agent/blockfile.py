@@ -149,15 +149,15 @@ def write_blocks(folder: Path, shape: BlockShape, first: int, records: list[Tens
     return written
 
 
-def map_blocks(folder: Path, shape: BlockShape, count: int) -> list[Records]:
-    """Memory-map the first ``count`` blocks of a session, one ``Records`` for each segment file.
+def map_blocks(folder: Path, shape: BlockShape, count: int, *, first_segment: int = 0) -> list[Records]:
+    """Memory-map the first ``count`` blocks of a session, one ``Records`` for each segment file from the given one on.
 
     Raises:
         CorruptSession: a file is missing, too short, of another shape, or its representatives fail their checksum.
             Keys and values are verified by the reader, block by block, when first used.
     """
     mapped = []
-    for segment in range(-(-count // SEGMENT_BLOCKS)):
+    for segment in range(first_segment, -(-count // SEGMENT_BLOCKS)):
         path = segment_path(folder, segment)
         in_segment = min(SEGMENT_BLOCKS, count - segment * SEGMENT_BLOCKS)
         try:

@@ -17,14 +17,16 @@ from infllm_agent.blockfile import SEGMENT_BLOCKS, BlockShape, Records, map_bloc
 from infllm_agent.errors import CorruptSession
 
 #: Blocks that host memory is taken for at a time.
-HOST_BLOCKS = 256
+HOST_BLOCKS = 64
+#: Written blocks stay in pinned memory until there are so many bytes of them.
+PINNED_BYTES = 1 << 28
 
 
 class BlockStore:
     """All sealed blocks of a session, below the device. Blocks are numbered from 0 and never change.
 
-    Blocks sealed by this process lie in host memory; those of an earlier one are memory-mapped from the session's
-    files, verified when first read.
+    New blocks lie in host memory; once they are in the session's files they are memory-mapped from there, verified
+    when first read.
     """
 
     def __init__(self, shape: BlockShape, *, pin: bool = False) -> None:
@@ -118,18 +120,32 @@ class BlockStore:
             rows.append(records.bytes[index])
         return write_blocks(folder, self.shape, first, rows)
 
+    def host_bytes_with(self, unwritten: int) -> int:
+        """Most bytes of host memory held when never more than so many blocks wait to be written."""
+        segments = -(-unwritten // HOST_BLOCKS) + 1
+        return segments * HOST_BLOCKS * self.shape.stride + (PINNED_BYTES if self._pin else 0)
+
+    def release_written(self, folder: Path) -> None:
+        """All blocks are in the session's files: give host memory back, and read them from there. Pinned memory, from
+        which a GPU loads faster, is kept up to ``PINNED_BYTES``."""
+        if self.host_bytes() > (PINNED_BYTES if self._pin else 0):
+            self.map(folder, self.count)
+
     def map(self, folder: Path, count: int) -> None:
-        """Take over ``count`` committed blocks from a session's files; the store must be empty.
+        """Take ``count`` blocks, those already mapped among them, from a session's files instead of host memory. In an
+        empty store they are those of an earlier process.
 
         Raises:
             CorruptSession: a file is missing or damaged.
         """
-        if self.count:
-            raise ValueError(f"blocks can be mapped into an empty store only; this one holds {self.count}")
-        self._segments = map_blocks(folder, self.shape, count)
+        if self.count not in (0, count):
+            raise ValueError(f"this store holds {self.count} blocks; {count} of a file cannot take their place")
+        whole = self.mapped // SEGMENT_BLOCKS if folder == self.folder else 0
+        known = self._unverified[: whole * SEGMENT_BLOCKS]
+        self._segments = [*self._segments[:whole], *map_blocks(folder, self.shape, count, first_segment=whole)]
         self._bases = [i * SEGMENT_BLOCKS for i in range(len(self._segments))]
         self.folder = folder
-        self._unverified = np.ones((count, self.shape.layers), dtype=np.bool_)
+        self._unverified = np.concatenate([known, np.ones((count - len(known), self.shape.layers), dtype=np.bool_)])
         self.count = self.mapped = count
 
     def fork(self, count: int) -> BlockStore:
@@ -147,12 +163,9 @@ class BlockStore:
         return fork
 
     def host_bytes(self) -> int:
-        """Bytes of host memory held, mapped files not counted."""
-        return sum(
-            records.bytes.numel()
-            for base, records in zip(self._bases, self._segments, strict=True)
-            if base >= self.mapped
-        )
+        """Bytes of host memory held, mapped files not counted. May be asked while another thread adds blocks."""
+        held = zip(self._bases, self._segments, strict=False)
+        return sum(records.bytes.numel() for base, records in held if base >= self.mapped)
 
     def _locate(self, block: int) -> tuple[Records, int]:
         if not 0 <= block < self.count:

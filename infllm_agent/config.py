@@ -163,6 +163,33 @@ def _parts(n: int, size: int) -> list[int]:
     return [min(size, n - start) for start in range(0, n, size)]
 
 
+class RuntimeConfig(Settings):
+    """What an ``AgentRuntime`` allows its live sessions, in seconds, tokens and bytes."""
+
+    open_bytes: int | None = Field(
+        None,
+        ge=0,
+        description="ceiling for the memories of all open sessions together, on the device and the host: idle ones are "
+        "closed to make room, others wait; None: no ceiling",
+    )
+    idle_s: float = Field(600.0, ge=0, description="a session that nothing happened to for so long is closed")
+    workers: int = Field(
+        16, ge=1, description="most sessions that are worked on at once; they share the model in turns"
+    )
+    slice_s: float = Field(
+        10.0, ge=0, description="a session that only reads gives its place to others that wait after so long"
+    )
+    commit_s: float = Field(30.0, ge=0, description="a session that reads for long is committed so often")
+    queued_chars: int = Field(
+        1_000_000, ge=1, description="text queued for a session, in characters, from which on its writers wait"
+    )
+    waiting_tokens: int = Field(
+        16_384,
+        ge=1,
+        description="tokens of a session waiting for the model, from which on its queue waits too",
+    )
+
+
 class SamplingConfig(Settings):
     """How the next token is chosen. ``temperature=0`` is greedy."""
 

@@ -69,5 +69,13 @@ class Cancelled(InfLLMError):
     """The work was stopped on request, between two chunks. Everything taken in so far is kept."""
 
 
+class QueueFull(InfLLMError):
+    """No room was made in a live session's queue in the time given. The text was not taken."""
+
+
+class Stopped(InfLLMError):
+    """The runtime is stopping: nothing new is taken in, and what was asked for is not answered."""
+
+
 class UnsupportedSchema(ConfigError):
     """A JSON schema that is malformed, cannot be satisfied, or asks for what decoding cannot hold an answer to."""

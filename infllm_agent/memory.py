@@ -390,6 +390,10 @@ class ContextMemory:
         channel for each block, in steps that double."""
         return sum(layer.blocks.device_bytes() for layer in self.layers.values())
 
+    def bytes(self) -> int:
+        """All that it holds, on the device and in host memory; files that are mapped not counted."""
+        return self.device_bytes() + self.index_bytes() + self.store.host_bytes()
+
     def cache_counters(self) -> tuple[int, int]:
         """Device cache hits and misses so far, in blocks, over all layers."""
         counters = [layer.cache.counters for layer in self.layers.values()]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from infllm_agent.chat import TextStream
 from infllm_agent.errors import SessionBusy
@@ -29,29 +29,65 @@ class MessageStream:
         calls: tuple[ToolCall, ...],
         tools: tuple[ToolSpec, ...],
     ) -> None:
+        self._begin(session, role, name, call_id, calls, tools)
+        session._take(session.chat.open(role, name=name, first=self._start == 0, tools=tools, call_id=call_id))
+
+    def _begin(
+        self,
+        session: Session,
+        role: str,
+        name: str | None,
+        call_id: str | None,
+        calls: tuple[ToolCall, ...],
+        tools: tuple[ToolSpec, ...],
+    ) -> None:
         self._session = session
         self._role, self._name, self._call_id = role, name, call_id
         self._calls, self._tools = calls, tools
         self._start, self._time = session.token_count, time.time()
         self._pieces: list[str] = []
-        session._take(session.chat.open(role, name=name, first=self._start == 0, tools=tools, call_id=call_id))
         self._tokens = TextStream(session.chat.encoder)
         self.message: Message | None = None
+
+    @classmethod
+    def resume(cls, session: Session, record: dict[str, Any]) -> MessageStream:
+        """The message that ``record`` was made of, open again. The session has the tokens that it had then."""
+        stream = cls.__new__(cls)
+        # Neither the assistant's messages nor the system's come in pieces: there are no calls and no tools.
+        stream._begin(session, record["role"], record["name"], record["call_id"], (), ())
+        stream._start, stream._time = record["start"], record["time"]
+        stream._pieces = [record["text"]]
+        stream._tokens.write(record["held"])  # had no place where words part, so nothing comes out
+        return stream
+
+    def record(self) -> dict[str, Any]:
+        """What has arrived so far, for JSON."""
+        return {
+            "role": self._role,
+            "name": self._name,
+            "call_id": self._call_id,
+            "start": self._start,
+            "time": self._time,
+            "text": "".join(self._pieces),
+            "held": self._tokens.held,
+        }
 
     def write(self, text: str) -> None:
         """Append text; returns when all full chunks of it have gone through the model."""
         with self._session._working():
-            if self.message is not None:
+            if self._session.open_message is not self:
                 raise SessionBusy("this message is complete; open another")
             text = self._session.chat.encoder.clean(text)
             self._pieces.append(text)
             self._session._take(self._tokens.write(text))
-            self._session.ingest()
+            self._session._ingest_if_eager()
 
     def close(self) -> Message:
         """Complete the message; more than once does no harm."""
         with self._session._working():
             if self.message is None:
+                if self._session.open_message is not self:
+                    raise SessionBusy("this message was taken back, with what came after the last commit")
                 text = "".join(self._pieces)
                 close = self._session.chat.close(
                     self._role,
@@ -66,7 +102,7 @@ class MessageStream:
                     self._role, text, self._start, self._time, self._name, self._call_id, self._calls, self._tools
                 )
                 self._session._stream = None
-                self._session.ingest()
+                self._session._ingest_if_eager()
             return self.message
 
     def __enter__(self) -> MessageStream:

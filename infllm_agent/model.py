@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -24,9 +23,10 @@ from infllm_agent.hub import resolve_model
 from infllm_agent.layers import LayerSpec
 from infllm_agent.memory import ContextMemory
 from infllm_agent.probe import probe, probe_ids, relative_error
+from infllm_agent.scheduler import Turns
 
 
-@dataclass
+@dataclass(eq=False)
 class LocalModel:
     """A causal language model with its tokenizer, attached to the memory's attention.
 
@@ -43,7 +43,7 @@ class LocalModel:
     device: torch.device
     dtype: torch.dtype
     eos_ids: frozenset[int] = field(default_factory=frozenset)
-    lock: threading.RLock = field(default_factory=threading.RLock)  # one forward at a time
+    turns: Turns = field(default_factory=Turns)  # one forward at a time
     _digest: str | None = None
 
     @classmethod
@@ -166,9 +166,13 @@ class LocalModel:
         return self._digest
 
     @torch.inference_mode()
-    def forward(self, token_ids: Sequence[int], memory: Memory) -> Tensor:
-        """Stream one chunk into the memory; returns the logits (vocab,) float32 after its last token."""
-        return self._step(token_ids, memory, last_only=True)[-1]
+    def forward(self, token_ids: Sequence[int], memory: Memory, *, urgent: bool = False) -> Tensor:
+        """Stream one chunk into the memory; returns the logits (vocab,) float32 after its last token.
+
+        Args:
+            urgent: somebody waits for it (``Turns``).
+        """
+        return self._step(token_ids, memory, last_only=True, urgent=urgent)[-1]
 
     @torch.inference_mode()
     def forward_all(self, token_ids: Sequence[int], memory: Memory) -> Tensor:
@@ -178,15 +182,15 @@ class LocalModel:
     @contextlib.contextmanager
     def detached(self, attention: str = "sdpa") -> Iterator[Any]:
         """The model with transformers' own attention, for as long as the ``with`` lasts."""
-        with self.lock:
+        with self.turns.turn(self):
             set_attention(self.model, attention)
             try:
                 yield self.model
             finally:
                 set_attention(self.model, ATTENTION)
 
-    def _step(self, token_ids: Sequence[int], memory: Memory, *, last_only: bool) -> Tensor:
-        with self.lock:
+    def _step(self, token_ids: Sequence[int], memory: Memory, *, last_only: bool, urgent: bool = False) -> Tensor:
+        with self.turns.turn(memory, urgent=urgent):
             ids = torch.tensor([list(token_ids)], device=self.device)
             logits = self._logits(ids, memory, last_only=last_only)
             memory.advance(len(token_ids))

@@ -7,13 +7,17 @@ from collections.abc import Callable, Sequence
 from os import PathLike
 from typing import Any
 
-from infllm_agent.catalog import Catalog, SessionInfo
+from infllm_agent.catalog import Catalog, SessionInfo, check_name
 from infllm_agent.chat import ChatFormat
-from infllm_agent.config import MemoryConfig
+from infllm_agent.config import MemoryConfig, RuntimeConfig
+from infllm_agent.dispatch import Dispatcher
+from infllm_agent.errors import ConfigError
 from infllm_agent.fingerprint import check_fingerprint, fingerprint
+from infllm_agent.live import LiveSession
 from infllm_agent.model import LocalModel
 from infllm_agent.session import Session
 from infllm_agent.store import SessionStore
+from infllm_agent.worker import UNCOMMITTED_BLOCKS
 
 
 class AgentRuntime:
@@ -26,17 +30,38 @@ class AgentRuntime:
     worked on by one thread at a time.
     """
 
-    def __init__(self, root: str | PathLike[str], model: LocalModel, memory: MemoryConfig | None = None) -> None:
-        """Use ``open`` unless the model is loaded already. ``memory``: for new sessions, and required of old ones;
-        None takes the default for new sessions and what each old one was made with."""
+    def __init__(
+        self,
+        root: str | PathLike[str],
+        model: LocalModel,
+        memory: MemoryConfig | None = None,
+        config: RuntimeConfig | None = None,
+    ) -> None:
+        """Use ``open`` unless the model is loaded already.
+
+        Args:
+            memory: for new sessions, and required of old ones; None takes the default for new sessions and what each
+                old one was made with.
+            config: what live sessions are allowed.
+        """
         self.root = root
         self.model = model
         self.memory = memory
+        self.config = config or RuntimeConfig()
         self.chat = ChatFormat(model.tokenizer, eos_ids=model.eos_ids)
         if memory is not None:
             model.check_memory(memory)
         self._sessions: dict[str, Session] = {}
+        self._held: set[str] = set()  # handed out by ``session`` and ``fork``: they stay open until released
         self._lock = threading.RLock()
+        self._working_size: int | None = None
+        self._dispatcher = Dispatcher(self, self.config)
+        ceiling = self.config.open_bytes
+        if ceiling is not None and ceiling < self.working_size():
+            raise ConfigError(
+                f"open_bytes {ceiling:,} is less than the {self.working_size():,} bytes of one session: raise it, or "
+                "lower max_cached_block, n_local or chunk_size"
+            )
 
     @classmethod
     def open(
@@ -44,6 +69,7 @@ class AgentRuntime:
         root: str | PathLike[str],
         model: str = "smollm2",
         memory: MemoryConfig | None = None,
+        config: RuntimeConfig | None = None,
         *,
         device: str = "auto",
         dtype: str = "auto",
@@ -58,7 +84,7 @@ class AgentRuntime:
         Raises:
             ModelNotFound, UnsupportedModel, ConfigError.
         """
-        return cls(root, LocalModel.load(str(model), device=device, dtype=dtype, progress=progress), memory)
+        return cls(root, LocalModel.load(str(model), device=device, dtype=dtype, progress=progress), memory, config)
 
     def session(self, name: str) -> Session:
         """The session by that name, created or resumed.
@@ -68,21 +94,19 @@ class AgentRuntime:
             memory settings), CorruptSession, StorageError.
         """
         with self._lock:
-            if (session := self._sessions.get(name)) is not None:
-                if not session.closed:
-                    return session
-                del self._sessions[name]  # with it its memory
-                session.close()
-            config = self.memory or self.model.default_memory()
-            store = SessionStore.open_or_create(self.root, name, fingerprint(self.model, self.chat, config))
-            try:
-                config = self.check(name, store.fingerprint)
-                session = Session(self.model, self.chat, config, store)
-            except BaseException:
-                store.close()
-                raise
-            self._sessions[name] = session
+            session = self._open(name)
+            self._held.add(name)
             return session
+
+    def live(self, name: str) -> LiveSession:
+        """The session by that name as something that lives beside its users: what comes in is queued and read in the
+        background, and it is open only while there is something to do. It is made when the first message comes.
+
+        Raises:
+            InvalidName.
+        """
+        check_name(name)
+        return LiveSession(self, name, self._dispatcher.inbox(name))
 
     def fork(
         self,
@@ -107,6 +131,7 @@ class AgentRuntime:
         fork = original.fork(name, messages, cancelled=cancelled)  # without the lock: other sessions go on
         with self._lock:
             self._sessions[name] = fork
+            self._held.add(name)
         return fork
 
     def check(self, name: str, stored: dict[str, Any]) -> MemoryConfig:
@@ -126,11 +151,9 @@ class AgentRuntime:
             return session is not None and not session.closed
 
     def release(self, name: str) -> None:
-        """Commit and close a session, if it is open here; ``session`` opens it again."""
-        with self._lock:
-            if (session := self._sessions.pop(name, None)) is not None and not session.closed:
-                with session:
-                    session.abandon_stream()
+        """Commit and close a session, if it is open here; ``session`` opens it again. What is queued for it as a live
+        session goes in first, and a message that is arriving ends with what has come."""
+        self._dispatcher.while_quiet(name, lambda: self._release(name))
 
     def sessions(self) -> Sequence[SessionInfo]:
         """All sessions under the root, by name, as of their last commits."""
@@ -142,18 +165,22 @@ class AgentRuntime:
         Raises:
             UnknownSession, SessionLocked (open in another process).
         """
-        with self._lock:
-            if (session := self._sessions.pop(name, None)) is not None:
-                session.close()
-            Catalog(self.root).delete(name)
+        self._dispatcher.while_quiet(name, lambda: self._delete(name))
+
+    def stop(self) -> None:
+        """Live sessions take nothing more in; what they work on ends at the next chunk or token. ``close`` waits for
+        that. May be called from a signal handler or any thread."""
+        self._dispatcher.stop()
 
     def close(self) -> None:
-        """Commit and close every open session. One that fails does not keep the others open."""
+        """Take in what is queued for live sessions, then commit and close every open session. One that fails does not
+        keep the others open."""
+        self._dispatcher.close()
         failure: BaseException | None = None
         with self._lock:
             for name in list(self._sessions):
                 try:
-                    self.release(name)
+                    self._release(name)
                 except Exception as error:
                     failure = failure or error
         if failure is not None:
@@ -164,3 +191,66 @@ class AgentRuntime:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    # -- for the dispatcher ------------------------------------------------------------------------------------------
+
+    def open_idle(self, name: str) -> Session:
+        with self._lock:
+            return self._open(name, resume_message=True)
+
+    def close_idle(self, name: str) -> None:
+        with self._lock:
+            if (session := self._sessions.pop(name, None)) is not None and not session.closed:
+                with session:
+                    pass
+
+    def drop(self, name: str) -> None:
+        with self._lock:
+            self._held.discard(name)
+            if (session := self._sessions.pop(name, None)) is not None:
+                session.close()
+
+    def open_sizes(self) -> dict[str, int]:
+        with self._lock:
+            return {name: session.memory.bytes() for name, session in self._sessions.items()}
+
+    def may_close(self, name: str) -> bool:
+        with self._lock:
+            return name not in self._held
+
+    def working_size(self) -> int:
+        if self._working_size is None:
+            memory = self.model.new_memory(self.memory)
+            chunk = -(-memory.config.chunk_size // memory.config.block_size)
+            self._working_size = memory.bytes() + memory.store.host_bytes_with(UNCOMMITTED_BLOCKS + chunk)
+        return self._working_size
+
+    # -- how -----------------------------------------------------------------------------------------------------------
+
+    def _open(self, name: str, *, resume_message: bool = False) -> Session:
+        if (session := self._sessions.get(name)) is not None:
+            if not session.closed:
+                return session
+            self.drop(name)  # with it its memory
+        config = self.memory or self.model.default_memory()
+        store = SessionStore.open_or_create(self.root, name, fingerprint(self.model, self.chat, config))
+        try:
+            config = self.check(name, store.fingerprint)
+            session = Session(self.model, self.chat, config, store, resume_message=resume_message)
+        except BaseException:
+            store.close()
+            raise
+        self._sessions[name] = session
+        return session
+
+    def _release(self, name: str) -> None:
+        with self._lock:
+            self._held.discard(name)
+            if (session := self._sessions.pop(name, None)) is not None and not session.closed:
+                with session:
+                    session.abandon_stream()
+
+    def _delete(self, name: str) -> None:
+        with self._lock:
+            self.drop(name)
+            Catalog(self.root).delete(name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
@@ -35,6 +34,8 @@ class Session:
     ``reply``. One thread at a time works on a session; others wait.
 
     Attributes:
+        eager: whether what comes in goes through the model at once, as far as it fills chunks; if not, ``ingest`` and
+            ``reply`` do it.
         cancelled: asked between chunks and tokens; when it returns True, the work stops with ``Cancelled``.
         last_reply: the latest answer, since the session was opened.
         read_again: tokens that went through the model when the session was made, because its source could not go back.
@@ -47,19 +48,27 @@ class Session:
         config: MemoryConfig,
         store: SessionStore,
         memory: ContextMemory | None = None,
+        *,
+        resume_message: bool = False,
     ) -> None:
-        """``memory``: that of the last commit, where it is at hand; None loads it."""
+        """
+        Args:
+            memory: that of the last commit, where it is at hand; None loads it.
+            resume_message: a message that was arriving at the last commit is open again (``open_message``); otherwise
+                it ends with what had arrived.
+        """
         self.model = model
         self.chat = chat
         self.config = config
         self.store = store
         self.cancelled: Callable[[], bool] = lambda: False
+        self.eager = True
         self.last_reply: Reply | None = None
         self.read_again = 0
         self._lock = threading.RLock()
         self._stream: MessageStream | None = None
         self._broken = False
-        self._load(memory)
+        self._load(memory, resume_message=resume_message)
 
     # -- what is stored --------------------------------------------------------------------------------------------
 
@@ -76,6 +85,11 @@ class Session:
     def pending_tokens(self) -> int:
         """Tokens that wait for a full chunk, or for a reply."""
         return len(self._pending)
+
+    @property
+    def uncommitted_blocks(self) -> int:
+        """Sealed blocks that lie in host memory until the next commit."""
+        return self.memory.store.count - self._committed_blocks
 
     def messages(self, start: int = 0, stop: int | None = None) -> list[Message]:
         """The history, as ``list[start:stop]`` means it."""
@@ -146,9 +160,10 @@ class Session:
             ConfigError: calls or tools in a message of another role.
             SessionBusy: a streamed message is open.
         """
-        with self._stream_message(role, name, call_id, tuple(calls), tuple(tools)) as stream:
-            stream.write(text)
-        return stream.close()
+        with self._working():
+            with self._stream_message(role, name, call_id, tuple(calls), tuple(tools)) as stream:
+                stream.write(text)
+            return stream.close()
 
     def append_system(self, text: str, *, tools: Sequence[ToolSpec] = ()) -> Message:
         return self.append("system", text, tools=tools)
@@ -193,15 +208,17 @@ class Session:
     def stream_observation(self, name: str | None = None) -> MessageStream:
         return self.stream("observation", name=name)
 
-    def ingest(self) -> None:
-        """Put full chunks of what waits through the model.
+    def ingest(self, chunks: int | None = None) -> bool:
+        """Put full chunks of what waits through the model: all, or so many. Returns whether more of them wait.
 
         Raises:
             Cancelled: ``cancelled`` said so; what waits keeps waiting, nothing is lost.
         """
         with self._working():
             size = self.config.chunk_size
-            self._feed(len(self._pending) // size * size)
+            full = len(self._pending) // size
+            self._feed((full if chunks is None else min(chunks, full)) * size)
+            return len(self._pending) >= size
 
     # -- what goes out ---------------------------------------------------------------------------------------------
 
@@ -264,29 +281,38 @@ class Session:
     def commit(self) -> int:
         """Make everything so far last: after it returns, a crash or a power cut does not lose it.
 
+        Of a streamed message that is open, what has arrived lasts; if the process ends before more comes, the message
+        ends with it.
+
         Returns:
             The number of the committed generation.
 
         Raises:
-            SessionBusy: a streamed message is open.
+            SessionBusy: a reply is being generated.
             StorageError: the disk is full or cannot be written; the generation before is still whole.
         """
         with self._working(), storage_errors(self.store.folder):
-            self._idle()
-            if not self._new_ids and not self._new_chunks and self.store.generation:
+            self._not_generating()
+            if not self._new_ids and not self._new_chunks and self._stream is None and self.store.generation:
                 return self.store.generation
-            self.memory.store.write_new(self.store.folder, self._committed_blocks)
-            tensors, state = snapshot.pack(self.memory.state(), self.config)
-            tail, crc = write_tail(self.store.folder, tensors)
+            state = self.store.state
+            if state is None or self._new_chunks:  # else the memory is what it was, and only the log is longer
+                self.memory.store.write_new(self.store.folder, self._committed_blocks)
+                tensors, record = snapshot.pack(self.memory.state(), self.config)
+                tail, crc = write_tail(self.store.folder, tensors)
+                state = {"memory": record, "tail": tail, "tail_crc": crc}
+            arriving = {"arriving": self._stream.record()} if self._stream else {}
+            state = {key: state[key] for key in ("memory", "tail", "tail_crc")} | arriving
             generation = self.store.commit(
                 messages=self._new_messages,
                 token_ids=self._new_ids,
                 chunks=self._new_chunks,
-                state={"memory": state, "tail": tail, "tail_crc": crc},
-                bytes_on_disk=self._disk_bytes(),
+                state=state,
+                bytes_on_disk=self._disk_bytes(tail=state["tail"]),
                 blocks=self.memory.store.count,
             )
-            remove_other_tails(self.store.folder, keep=tail)
+            remove_other_tails(self.store.folder, keep=state["tail"])
+            self.memory.store.release_written(self.store.folder)
             self._committed_now()
             return generation
 
@@ -349,11 +375,24 @@ class Session:
     def closed(self) -> bool:
         return self._broken
 
+    @property
+    def open_message(self) -> MessageStream | None:
+        """The streamed message that is arriving."""
+        return self._stream
+
     def abandon_stream(self) -> None:
         """Complete a streamed message that is still open with what has arrived."""
         if self._stream is not None and not self._broken:
-            with contextlib.suppress(Cancelled):  # what has not gone through the model waits in the log
-                self._stream.close()
+            self._end_message()
+
+    def _end_message(self) -> None:
+        """Complete the streamed message; what has not gone through the model waits in the log."""
+        assert self._stream is not None
+        eager, self.eager = self.eager, False
+        try:
+            self._stream.close()
+        finally:
+            self.eager = eager
 
     def close(self) -> None:
         """Release the session without committing; more than once does no harm."""
@@ -371,14 +410,15 @@ class Session:
         finally:
             self.close()
 
-    def _load(self, memory: ContextMemory | None = None) -> None:
+    def _load(self, memory: ContextMemory | None = None, *, resume_message: bool = False) -> None:
         """The state of the last commit."""
         self.memory: ContextMemory = self.model.new_memory(self.config) if memory is None else memory
         self._new_messages: list[Message] = []
         self._new_ids: list[int] = []
         self._new_chunks: list[tuple[int, int]] = []
         self._committed_now()
-        if memory is None and (state := self.store.state):
+        state = self.store.state or {}
+        if memory is None and state:
             tensors = read_tail(self.store.folder, state["tail"], state["tail_crc"])
             snapshot.restore(self.memory, snapshot.unpack(tensors, state["memory"]), self.store.folder)
         # What had not gone through the model yet waits again.
@@ -388,9 +428,12 @@ class Session:
         self._tools = announcing.tools if announcing else ()
         last = self.store.messages(-1)
         self._last_start = last[0].start if last else 0
-        self._stream = None
         self._generating = False
         self._broken = False
+        arriving = state.get("arriving")
+        self._stream = MessageStream.resume(self, arriving) if arriving else None
+        if self._stream and not resume_message:
+            self._end_message()
 
     def _committed_now(self) -> None:
         self._new_messages, self._new_ids, self._new_chunks = [], [], []
@@ -405,11 +448,18 @@ class Session:
             raise SessionClosed(f'session "{self.name}" is closed; open it again')
         return self._lock
 
-    def _idle(self) -> None:
+    def _not_generating(self) -> None:
         if self._generating:
             raise SessionBusy(f'session "{self.name}" is generating a reply; finish or close it first')
+
+    def _idle(self) -> None:
+        self._not_generating()
         if self._stream is not None:
             raise SessionBusy(f'session "{self.name}" has a streamed message open; close it first')
+
+    def _ingest_if_eager(self) -> None:
+        if self.eager:
+            self.ingest()
 
     def _take(self, ids: Sequence[int]) -> None:
         """Tokens enter the session's log and wait to go through the model."""
@@ -435,22 +485,27 @@ class Session:
 
     def _feed(self, count: int, *, before_answer: bool = False) -> Tensor | None:
         """Put the first ``count`` waiting tokens through the model, chunk by chunk; the logits after the last."""
-        logits = None
+        logits, left = None, count
         for size in self.config.chunks(count, before_answer=before_answer):
             if count > 1 and self.cancelled():
                 raise Cancelled(f'session "{self.name}": stopped with {len(self._pending)} tokens still to ingest')
             chunk = list(islice(self._pending, size))
             start = self.memory.length
             try:
-                logits = self.model.forward(chunk, self.memory)
+                # An answer that has more than one chunk still to read is no more urgent than other reading.
+                urgent = self._generating and left <= self.config.chunk_size
+                logits = self.model.forward(chunk, self.memory, urgent=urgent)
             except BaseException:
                 # The past is untouched unless the chunk was being made part of it.
                 self._broken = self.memory.length != start
                 raise
+            left -= size
             for _ in chunk:
                 self._pending.popleft()
             self._new_chunks.append((start, len(chunk)))
         return logits
 
-    def _disk_bytes(self) -> int:
-        return sum(path.stat().st_size for path in self.store.folder.iterdir() if path.is_file())
+    def _disk_bytes(self, tail: str | None = None) -> int:
+        """Bytes of the session's files; once other tails than the given one are gone."""
+        files = [path for path in self.store.folder.iterdir() if path.is_file()]
+        return sum(p.stat().st_size for p in files if tail in (None, p.name) or not p.name.startswith("tail-"))

@@ -139,6 +139,11 @@ class TextStream:
         self._held = rest
         return [token for piece in ready for token in self._encoder._encode(piece)]
 
+    @property
+    def held(self) -> str:
+        """What is held back."""
+        return self._held
+
     def close(self) -> list[int]:
         """Return the ids of what was held back; closing again returns nothing."""
         self._closed = True

@@ -13,11 +13,11 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "infllm_agent"
 
 LAYERS = [
-    ["errors", "config", "tools"],
+    ["errors", "config", "tools", "signals"],
     ["kernels"],
     ["blockfile", "blocks", "index", "state", "window"],
     ["layers", "memory"],
-    ["hub", "attention", "probe", "model", "snapshot"],
+    ["hub", "attention", "probe", "scheduler", "model", "snapshot"],
     ["database", "locks", "records", "catalog", "store", "tailfile", "fork"],
     [
         "chat",
@@ -33,6 +33,7 @@ LAYERS = [
         "fingerprint",
     ],
     ["answer", "message_stream", "session"],
+    ["inbox", "worker", "dispatch", "live"],
     ["runtime"],
     ["integrations", "bench", "demo", "cli", "cli_chat", "cli_input", "cli_options", "cli_output", "cli_sessions"],
 ]

@@ -148,7 +148,7 @@ def test_one_thing_at_a_time(runtime: AgentRuntime) -> None:
     with pytest.raises(InfLLMError, match="empty"):
         session.reply()
     sink = session.stream("observation")
-    for work in (lambda: session.append_user("x"), session.reply, session.commit, lambda: session.stream("user")):
+    for work in (lambda: session.append_user("x"), session.reply, lambda: session.stream("user")):
         with pytest.raises(SessionBusy, match="close it first"):
             work()
     sink.close()

@@ -1,0 +1,211 @@
+"""Which live sessions are worked on, and which are open: a bounded number of workers and bytes, idle ones closed."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
+from infllm_agent.config import RuntimeConfig
+from infllm_agent.errors import BudgetExceeded, Stopped
+from infllm_agent.inbox import Inbox
+from infllm_agent.session import Session
+from infllm_agent.worker import Worker
+
+log = logging.getLogger(__name__)
+
+
+class OpenSessions(Protocol):
+    """What is open, and how to open and close; ``AgentRuntime`` is one."""
+
+    def open_idle(self, name: str) -> Session:
+        """The session, open for as long as it has something to do."""
+
+    def open_sizes(self) -> dict[str, int]:
+        """Bytes of the memories of all open sessions."""
+
+    def may_close(self, name: str) -> bool:
+        """Whether the session was opened by ``open_idle`` only."""
+
+    def working_size(self) -> int:
+        """Most bytes of the memory of a session that is new, while it is worked on."""
+
+    def close_idle(self, name: str) -> None:
+        """Commit and close; a message that is arriving goes on when the session is opened again."""
+
+    def drop(self, name: str) -> None:
+        """Close without a commit."""
+
+
+class Dispatcher:
+    """Gives sessions with something in their inboxes to workers.
+
+    Those that somebody waits for go first. A session is open while it is worked on, and as long after as ``idle_s`` and
+    ``open_bytes`` allow.
+    """
+
+    def __init__(self, sessions: OpenSessions, config: RuntimeConfig) -> None:
+        self.sessions = sessions
+        self.config = config
+        self._inboxes: dict[str, Inbox] = {}
+        self._ready: list[str] = []
+        self._running: set[str] = set()
+        self._wanted: set[str] = set()  # by others than workers
+        self._used: dict[str, float] = {}
+        self._changed = threading.Condition(threading.RLock())
+        self._stopping = False
+        self._pool = ThreadPoolExecutor(config.workers, thread_name_prefix="infllm")
+        self._keeper: threading.Thread | None = None
+
+    @property
+    def stopping(self) -> bool:
+        return self._stopping
+
+    def inbox(self, name: str) -> Inbox:
+        with self._changed:
+            if name not in self._inboxes:
+                self._inboxes[name] = Inbox(self.config.queued_chars, lambda: self._news(name))
+                if self._stopping:
+                    self._inboxes[name].refuse(_stopped())
+            if self._keeper is None:
+                self._keeper = threading.Thread(target=self._close_idle, name="infllm-keeper", daemon=True)
+                self._keeper.start()
+            return self._inboxes[name]
+
+    def queued(self) -> dict[str, int]:
+        """How many messages and requests each session has queued, where there are any."""
+        with self._changed:
+            return {name: len(inbox) for name, inbox in self._inboxes.items() if len(inbox)}
+
+    def while_quiet(self, name: str, act: Callable[[], None]) -> None:
+        """Let a worker that is at the session take what is queued and leave; then do it, before one comes again."""
+        with self._changed:
+            self._wanted.add(name)
+            try:
+                self._changed.wait_for(lambda: name not in self._running)
+                act()
+            finally:
+                self._wanted.discard(name)
+                if name in self._inboxes:
+                    self._news(name)
+
+    def stop(self) -> None:
+        """Let the workers take what is queued and leave. Nothing new is taken in. Answers end as they stand."""
+        with self._changed:
+            self._stopping = True
+            for inbox in self._inboxes.values():
+                inbox.refuse(_stopped())
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """``stop``, and wait until all that was queued is on disk."""
+        self.stop()
+        self._pool.shutdown(wait=True)
+        for name, inbox in self._inboxes.items():
+            if len(inbox):
+                self._run(name, inbox)
+
+    def _news(self, name: str, *, unfinished: bool = False) -> None:
+        with self._changed:
+            inbox = self._inboxes[name]
+            if name not in self._running and name not in self._ready and (unfinished or inbox.has_work):
+                self._ready.append(name)
+            while len(self._running) < self.config.workers and not self._stopping:
+                ready = [name for name in self._ready if name not in self._wanted]
+                if not ready:
+                    return
+                chosen = next((name for name in ready if self._inboxes[name].asks), ready[0])
+                if not self._make_room(chosen):
+                    return
+                self._ready.remove(chosen)
+                self._running.add(chosen)
+                self._pool.submit(self._run, chosen, self._inboxes[chosen])
+
+    def _run(self, name: str, inbox: Inbox) -> None:
+        unfinished, worker = False, None
+        try:
+            session = self.sessions.open_idle(name)
+            worker = Worker(
+                session,
+                inbox,
+                self.config,
+                stopping=lambda: self._stopping or name in self._wanted,
+                give_way=self._give_way,
+            )
+            unfinished = worker.work()
+        except BaseException as error:
+            log.error('session "%s": %s', name, error, exc_info=error)
+            self._give_up(name, inbox, worker, error)
+        finally:
+            with self._changed:
+                self._running.discard(name)
+                self._used[name] = time.monotonic()
+                self._changed.notify_all()
+                self._news(name, unfinished=unfinished)
+
+    def _give_up(self, name: str, inbox: Inbox, worker: Worker | None, error: BaseException) -> None:
+        """The session cannot go on as it is: what is queued fails, and the next message finds it as last committed."""
+        try:
+            self.sessions.drop(name)
+        except Exception as another:
+            log.error('session "%s": %s', name, another, exc_info=another)
+        inbox.fail_all(error)
+        if worker is not None:
+            worker.fail_taken(error)
+
+    def _give_way(self, seconds: float) -> bool:
+        with self._changed:
+            if not self._ready or seconds < self.config.slice_s:
+                return False
+            return len(self._running) >= self.config.workers or self.config.open_bytes is not None
+
+    def _make_room(self, name: str) -> bool:
+        """Close idle sessions until this one fits; False if it must wait for others to become idle."""
+        ceiling = self.config.open_bytes
+        if ceiling is None:
+            return True
+        needed = self.sessions.working_size()
+        while True:
+            sizes = self.sessions.open_sizes()
+            busy = {*self._running, name}
+            size = sum(max(sizes.get(other, 0), needed) for other in busy)
+            size += sum(bytes for other, bytes in sizes.items() if other not in busy)
+            if size <= ceiling:
+                return True
+            idle = [other for other in sizes if other not in busy and self.sessions.may_close(other)]
+            if idle:
+                self.sessions.close_idle(min(idle, key=lambda other: self._used.get(other, 0.0)))
+            elif self._running:
+                return False
+            else:
+                self._ready.remove(name)
+                self._inboxes[name].fail_all(
+                    BudgetExceeded(
+                        f'session "{name}" and those that were opened directly need {size:,} bytes, and open_bytes is '
+                        f"{ceiling:,}: release some, or raise it"
+                    )
+                )
+                return False
+
+    def _close_idle(self) -> None:
+        while True:
+            with self._changed:
+                if self._stopping:
+                    return
+                self._changed.wait(max(0.05, min(self.config.idle_s / 4, 60.0)))
+                now = time.monotonic()
+                for name in self.sessions.open_sizes():
+                    if name in self._running or name in self._ready or not self.sessions.may_close(name):
+                        continue
+                    if now - self._used.setdefault(name, now) >= self.config.idle_s:
+                        try:
+                            self.sessions.close_idle(name)
+                        except Exception as error:
+                            log.error('session "%s" could not be closed: %s', name, error, exc_info=error)
+
+
+def _stopped() -> Stopped:
+    return Stopped("the runtime is stopping, and takes nothing more in")

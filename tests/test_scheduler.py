@@ -1,0 +1,107 @@
+"""Turns at the model: urgent work first, nobody for ever last, a lock all the time."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+
+from infllm_agent.scheduler import Turns
+
+
+class Memory:
+    pass
+
+
+def queue_up(turns: Turns, work: list[tuple[str, object, bool]]) -> list[str]:
+    """The order in which threads get the turn that come one after the other while somebody has it."""
+    order: list[str] = []
+    threads = []
+    with turns.turn(Memory()):
+        for name, who, urgent in work:
+            thread = threading.Thread(target=lambda *a: take(turns, order, *a), args=(name, who, urgent))
+            thread.start()
+            threads.append(thread)
+            until(lambda: turns.waiting == len(threads))
+    for thread in threads:
+        thread.join()
+    return order
+
+
+def take(turns: Turns, order: list[str], name: str, who: object, urgent: bool) -> None:
+    with turns.turn(who, urgent=urgent):
+        order.append(name)
+
+
+def until(done: Callable[[], bool], seconds: float = 10) -> None:
+    end = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < end, "it never happened"
+        time.sleep(0.001)
+
+
+def test_urgent_work_goes_first() -> None:
+    a, b, c = Memory(), Memory(), Memory()
+    assert queue_up(Turns(), [("read a", a, False), ("read b", b, False), ("ask c", c, True)])[0] == "ask c"
+
+
+def test_who_was_served_longest_ago_is_next() -> None:
+    turns, a, b, c = Turns(), Memory(), Memory(), Memory()
+    for who in (b, c, a):
+        with turns.turn(who):
+            pass
+    assert queue_up(turns, [("a", a, False), ("c", c, False), ("b", b, False)]) == ["b", "c", "a"]
+
+
+def test_reading_goes_on_while_others_talk() -> None:
+    turns, reader, talkers = Turns(patience=0.2), Memory(), [Memory(), Memory()]
+    order: list[str] = []
+    stop = threading.Event()
+
+    def talk(who: object) -> None:
+        while not stop.is_set():
+            with turns.turn(who, urgent=True):
+                order.append("talk")
+                time.sleep(0.01)
+
+    threads = [threading.Thread(target=talk, args=(who,)) for who in talkers]
+    for thread in threads:
+        thread.start()
+    until(lambda: len(order) > 3)
+    began = time.monotonic()
+    with turns.turn(reader):
+        waited = time.monotonic() - began
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert waited > 0.1  # it was not served at once, since somebody always waited for a token
+    assert waited < 5  # and not never
+
+
+def test_one_at_a_time_and_again_in_the_same_thread() -> None:
+    turns, inside, most = Turns(), 0, 0
+
+    def work() -> None:
+        nonlocal inside, most
+        for _ in range(200):
+            with turns.turn(Memory(), urgent=True), turns.turn(Memory()):
+                inside += 1
+                most = max(most, inside)
+                inside -= 1
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == 1
+    assert turns.waiting == 0
+
+
+def test_a_failure_gives_the_turn_back() -> None:
+    turns = Turns()
+    with pytest.raises(RuntimeError, match="no"), turns.turn(Memory()):
+        raise RuntimeError("no")
+    assert queue_up(turns, [("next", Memory(), False)]) == ["next"]
