@@ -1,0 +1,69 @@
+"""How docstrings are read for the API reference: an extension of griffe, which mkdocstrings loads.
+
+Settings describe their fields in ``Field(default, description=...)``; and a ``Raises`` section may name several errors
+in one line. Here both are brought into the form that the reference shows.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from typing import Any
+
+import griffe
+
+#: A name, and what stands in brackets behind it.
+ERROR = re.compile(r"(\w+)(?:\s*\((.*?)\))?\.?\s*(?:,|$)", re.DOTALL)
+
+
+class Docstrings(griffe.Extension):
+    """Fields and errors as the reference shows them."""
+
+    def on_package(self, *, pkg: griffe.Module, loader: griffe.GriffeLoader, **_: Any) -> None:
+        """Add ``integrations``, which griffe passes over because it has no ``__init__.py``."""
+        folder = pkg.filepath.parent / "integrations"
+        common: Any = {
+            "extensions": loader.extensions,
+            "lines_collection": loader.lines_collection,
+            "modules_collection": loader.modules_collection,
+        }
+        package = griffe.visit(folder.name, filepath=folder / "__init__.py", code="", parent=pkg, **common)
+        pkg.set_member(folder.name, package)
+        for path in sorted(folder.glob("*.py")):
+            module = griffe.visit(path.stem, filepath=path, code=path.read_text("utf-8"), parent=package, **common)
+            package.set_member(path.stem, module)
+
+    def on_attribute_instance(self, *, node: Any, attr: griffe.Attribute, **_: Any) -> None:
+        value = getattr(node, "value", None)
+        if not (isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id == "Field"):
+            return
+        given = {keyword.arg: keyword.value for keyword in value.keywords}
+        if (description := given.get("description")) is not None and attr.docstring is None:
+            attr.docstring = griffe.Docstring(ast.literal_eval(description), parent=attr)
+        default = value.args[0] if value.args else given.get("default")
+        attr.value = None if default is None else ast.unparse(default)
+
+    def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
+        if obj.docstring is not None:
+            obj.docstring.value = errors_apart(obj.docstring.value)
+
+
+def errors_apart(text: str) -> str:
+    """A docstring with ``A, B (why).`` under ``Raises:`` as one entry for each error."""
+    head, mark, section = text.partition("Raises:\n")
+    if not mark:
+        return text
+    lines = section.split("\n")
+    body = [line for line in lines if line.startswith("    ") or not line.strip()]
+    if len(body) != len(lines):
+        return text
+    entries: list[str] = []
+    for entry in re.split(r"\n(?=    \S)", section.rstrip()):
+        entries += [entry] if re.match(r"    [\w, ]+:", entry) else []
+        if not re.match(r"    [\w, ]+:", entry):
+            joined = " ".join(entry.split())
+            if entries and not re.match(r"\w+[,.( ]", joined):
+                entries[-1] += f" {joined}"
+            else:
+                entries += [f"    {name}: {why or '.'}" for name, why in ERROR.findall(joined)]
+    return head + mark + "\n".join(entries)
