@@ -12,8 +12,10 @@ from typing import Any
 
 import griffe
 
+#: The beginning of an entry that says why.
+ENTRY = re.compile(r"    [\w, ]+:")
 #: A name, and what stands in brackets behind it.
-ERROR = re.compile(r"(\w+)(?:\s*\((.*?)\))?\.?\s*(?:,|$)", re.DOTALL)
+ERROR = re.compile(r"(\w+)(?: \((.*?)\))?[,.]")
 
 
 class Docstrings(griffe.Extension):
@@ -49,21 +51,21 @@ class Docstrings(griffe.Extension):
 
 
 def errors_apart(text: str) -> str:
-    """A docstring with ``A, B (why).`` under ``Raises:`` as one entry for each error."""
+    """A docstring with ``A, B (why).`` under ``Raises:``, its last section, as one entry for each error."""
     head, mark, section = text.partition("Raises:\n")
-    if not mark:
-        return text
-    lines = section.split("\n")
-    body = [line for line in lines if line.startswith("    ") or not line.strip()]
-    if len(body) != len(lines):
-        return text
     entries: list[str] = []
-    for entry in re.split(r"\n(?=    \S)", section.rstrip()):
-        entries += [entry] if re.match(r"    [\w, ]+:", entry) else []
-        if not re.match(r"    [\w, ]+:", entry):
-            joined = " ".join(entry.split())
-            if entries and not re.match(r"\w+[,.( ]", joined):
-                entries[-1] += f" {joined}"
-            else:
-                entries += [f"    {name}: {why or '.'}" for name, why in ERROR.findall(joined)]
-    return head + mark + "\n".join(entries)
+    said = True
+    for line in section.splitlines():
+        # Further in, an entry goes on; so does a line of names behind another.
+        goes_on = line.startswith("     ") or not (ENTRY.match(line) or said)
+        if goes_on and entries:
+            entries[-1] += f" {line.strip()}"
+        else:
+            entries.append(line)
+            said = bool(ENTRY.match(line))
+    lines = [
+        line
+        for entry in entries
+        for line in ([entry] if ENTRY.match(entry) else [f"    {name}: {why}" for name, why in ERROR.findall(entry)])
+    ]
+    return head + mark + "\n".join(lines)
