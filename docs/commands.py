@@ -33,16 +33,16 @@ def reference() -> Iterator[str]:
         panels = dict.fromkeys(filter(None, map(_panel, command.params)))
         for panel in panels:
             shared[panel] = command, [parameter for parameter in command.params if _panel(parameter) == panel]
-        pieces = command.collect_usage_pieces(typer.Context(command))
-        usage = [piece for piece in pieces if piece != "[OPTIONS]"] + ["[OPTIONS]"]
+        arguments = [_name(command, parameter) for parameter in own if parameter.param_type_name == "argument"]
         yield f"\n## {words}\n\n{inspect.cleandoc(command.help)}\n"
-        yield f"```\ninfllm-agent {words} {' '.join(usage)}\n```\n"
+        yield f"```\n{' '.join(['infllm-agent', words, *arguments, '[OPTIONS]'])}\n```\n"
         yield from _table(command, own)
         if panels:
-            links = " and ".join(f"[{_title(panel).lower()}](#{_anchor(panel)})" for panel in panels)
-            yield f"\nIt takes {links}, too."
+            links = " and ".join(f"[{_title(panel)}](#{_anchor(panel)})" for panel in panels)
+            yield f"\nIt takes the {links}, too."
     for panel, (command, parameters) in shared.items():
-        yield f"\n## {_title(panel)} {{#{_anchor(panel)}}}\n"
+        _, _, remark = panel.partition(" ")
+        yield f"\n## {_title(panel).capitalize()} {{#{_anchor(panel)}}}\n\n{remark.strip('()').capitalize()}\n"
         yield from _table(command, parameters)
 
 
@@ -55,12 +55,17 @@ def _leaves(group: Any, prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def _table(command: Any, parameters: Sequence[Any]) -> Iterator[str]:
-    context = typer.Context(command)
-    yield from ("| | |", "|---|---|")
+    yield from ("| option | |", "|---|---|")
     for parameter in parameters:
-        if (record := parameter.get_help_record(context)) is not None:
-            name, text = (part.replace("|", "\\|") for part in record)
-            yield f"| `{name}` | {text.replace('[', chr(92) + '[')} |"
+        if (record := parameter.get_help_record(typer.Context(command))) is not None:
+            text = record[1].replace("|", "\\|").replace("[", "\\[")
+            yield f"| `{_name(command, parameter)}` | {text} |"
+
+
+def _name(command: Any, parameter: Any) -> str:
+    """As the command's help shows it: ``--n-local <int>``, ``SESSION``."""
+    shown = str(parameter.get_help_record(typer.Context(command))[0]).replace(" range>", ">")
+    return shown.partition(" <")[0] if parameter.param_type_name == "argument" else shown
 
 
 def _panel(parameter: Any) -> str:
@@ -68,9 +73,8 @@ def _panel(parameter: Any) -> str:
 
 
 def _title(panel: str) -> str:
-    name, _, rest = panel.partition(" ")
-    return f"{name} options {rest}".strip()
+    return f"{panel.split()[0].lower()} options"
 
 
 def _anchor(panel: str) -> str:
-    return f"{panel.split()[0].lower()}-options"
+    return _title(panel).replace(" ", "-")

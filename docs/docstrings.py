@@ -1,7 +1,8 @@
 """How docstrings are read for the API reference: an extension of griffe, which mkdocstrings loads.
 
 Settings describe their fields in ``Field(default, description=...)``; and a ``Raises`` section may name several errors
-in one line. Here both are brought into the form that the reference shows.
+in one line. Here both are brought into the form that the reference shows: an error that is only named is described by
+its own docstring.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import re
 from typing import Any
 
 import griffe
+
+from infllm_agent import catalog, errors
 
 #: The beginning of an entry that says why.
 ENTRY = re.compile(r"    [\w, ]+:")
@@ -45,6 +48,13 @@ class Docstrings(griffe.Extension):
         default = value.args[0] if value.args else given.get("default")
         attr.value = None if default is None else ast.unparse(default)
 
+    def on_class_members(self, *, cls: griffe.Class, **_: Any) -> None:
+        """Leave out what ``__init__`` merely keeps: attributes without a type and a word of explanation."""
+        for name, member in list(cls.members.items()):
+            kept = member.is_attribute and "instance-attribute" in member.labels
+            if kept and member.annotation is None and member.docstring is None:
+                cls.del_member(name)
+
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         if obj.docstring is not None:
             obj.docstring.value = errors_apart(obj.docstring.value)
@@ -63,9 +73,14 @@ def errors_apart(text: str) -> str:
         else:
             entries.append(line)
             said = bool(ENTRY.match(line))
-    lines = [
-        line
-        for entry in entries
-        for line in ([entry] if ENTRY.match(entry) else [f"    {name}: {why}" for name, why in ERROR.findall(entry)])
-    ]
+    lines: list[str] = []
+    for entry in entries:
+        named = [] if ENTRY.match(entry) else ERROR.findall(entry)
+        lines += [f"    {name}: {why or meaning(name)}" for name, why in named] or [entry]
     return head + mark + "\n".join(lines)
+
+
+def meaning(name: str) -> str:
+    """What an error of ours says of itself, in one line."""
+    error = getattr(errors, name, None) or getattr(catalog, name, None)
+    return " ".join((error.__doc__ or "").split()) if error is not None else ""

@@ -107,7 +107,7 @@ MODELS = (
 
 def tables() -> dict[str, str]:
     """The tables by the names of their places in the page, as Markdown."""
-    head = ["model", "layers, key heads, head size", "keys and values", "on disk", "device, without the index"]
+    head = ["model", "shape", "keys and values", "on disk", "device"]
     rows = []
     for sizes in MODELS:
         a_token = [shown(2 * sizes.key_bytes), shown(sizes.disk_bytes_per_token)]
@@ -137,7 +137,7 @@ def shown(size: float) -> str:
     while size >= 999.5 and len(units) > 1:
         size /= 1000
         del units[0]
-    return f"{size:.3g} {units[0]}"
+    return f"{size:.3g}\u00a0{units[0]}"  # kept on one line
 
 
 def filled(page: str) -> str:

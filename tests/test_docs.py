@@ -121,11 +121,19 @@ def test_reference_has_what_users_meet(site):
 
 def test_errors_in_one_line_become_entries():
     apart = script("docstrings").errors_apart
-    text = (
-        "Do it.\n\nRaises:\n    NotFound, Locked (open\n    elsewhere), Full.\n    Bad: as it says,\n        and more."
-    )
+    text = """Do it.
+
+Raises:
+    SessionClosed, SessionLocked (open
+    elsewhere), Unheard.
+    ConfigError: as it
+        says."""
     assert apart(text) == (
-        "Do it.\n\nRaises:\n    NotFound: \n    Locked: open elsewhere\n    Full: \n    Bad: as it says, and more."
+        "Do it.\n\nRaises:\n"
+        "    SessionClosed: The session was closed; open it again through the runtime.\n"
+        "    SessionLocked: open elsewhere\n"
+        "    Unheard: \n"
+        "    ConfigError: as it says."
     )
     assert apart("Nothing is raised.") == "Nothing is raised."
 
@@ -274,7 +282,9 @@ def test_the_tables_are_what_the_script_computes():
     sizing = script("sizing")
     page = (DOCS / "operations.md").read_text("utf-8")
     assert sizing.filled(page) == page, "run: python docs/sizing.py --write"
-    assert [sizing.shown(size) for size in (999, 1000, 23_808, 999_600, 135e9, 2.03e12, 2e15)] == [
+    assert [
+        sizing.shown(size).replace("\u00a0", " ") for size in (999, 1000, 23_808, 999_600, 135e9, 2.03e12, 2e15)
+    ] == [
         "999 B",
         "1 KB",
         "23.8 KB",

@@ -3,39 +3,25 @@ if (location.protocol === "file:") {
   window.IFrameWorker = window.Worker = class extends EventTarget {
     constructor(url) {
       super();
-      this.waiting = [];
-      const frame = document.createElement("iframe");
-      frame.hidden = true;
-      const start = () => {
-        document.body.append(frame);
-        this.inside = frame.contentWindow;
-        this.inside.postMessage = (data) => this.answer(data);
-        const script = this.inside.document.createElement("script");
-        script.src = url;
-        script.onload = () => this.waiting.splice(0).forEach((data) => this.ask(data));
-        this.script = script;
-        this.inside.document.head.append(script);
-        this.frame = frame;
+      this.waiting = []; // messages for a script that is not loaded yet
+      this.frame = document.createElement("iframe");
+      this.frame.hidden = true;
+      document.documentElement.append(this.frame);
+      const inside = this.frame.contentWindow;
+      inside.postMessage = (data) => this.dispatchEvent(new MessageEvent("message", { data }));
+      const script = inside.document.createElement("script");
+      script.src = url;
+      script.onload = () => {
+        const waiting = this.waiting;
+        this.waiting = null;
+        waiting.forEach((data) => this.postMessage(data));
       };
-      if (document.body) start();
-      else document.addEventListener("DOMContentLoaded", start);
-      this.loaded = false;
+      inside.document.head.append(script);
     }
 
     postMessage(data) {
-      if (this.loaded) this.ask(data);
-      else this.waiting.push(data);
-    }
-
-    ask(data) {
-      this.loaded = true;
-      this.inside.dispatchEvent(new MessageEvent("message", { data }));
-    }
-
-    answer(data) {
-      const event = new MessageEvent("message", { data });
-      this.dispatchEvent(event);
-      if (this.onmessage) this.onmessage(event);
+      if (this.waiting) this.waiting.push(data);
+      else this.frame.contentWindow.dispatchEvent(new MessageEvent("message", { data }));
     }
 
     terminate() {
