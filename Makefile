@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint types bench picture clean
+.PHONY: help venv demo test lint types docs bench picture clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -30,6 +30,9 @@ lint: $(STAMP)  ## check style and formatting
 types: $(STAMP)  ## check types
 	$(BIN)/mypy
 
+docs: $(STAMP)  ## build the documentation into site/, without the network; every broken link fails it
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 bench: $(STAMP)  ## measure retrieval and speed; results in bench-results/
 	mkdir -p bench-results
 	$(BIN)/infllm-agent bench retrieval --task passkey --tokens 16384 --method infllm,truncate \
@@ -40,5 +43,5 @@ picture: $(STAMP)  ## draw docs/demo.svg from a real run of the demo
 	$(BIN)/python docs/picture.py
 
 clean:  ## remove what the other targets made
-	rm -rf $(VENV) build dist *.egg-info bench-results .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) site build dist *.egg-info bench-results .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

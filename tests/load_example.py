@@ -1,4 +1,4 @@
-"""The examples, as modules."""
+"""The examples, and other scripts, as modules."""
 
 from __future__ import annotations
 
@@ -9,8 +9,12 @@ from types import ModuleType
 
 
 def load_example(name: str) -> ModuleType:
-    path = Path(__file__).parent.parent / "examples" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"example_{name}", path)
+    return load_module(Path(__file__).parent.parent / "examples" / f"{name}.py")
+
+
+def load_module(path: Path) -> ModuleType:
+    """A script that is no part of a package."""
+    spec = importlib.util.spec_from_file_location(f"{path.parent.name}_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
