@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "infllm_agent"
 
 LAYERS = [
-    ["errors", "config", "tools"],
+    ["errors", "config", "tools", "threads"],
     ["kernels"],
     ["blockfile", "blocks", "index", "state", "window"],
     ["layers", "memory"],
@@ -33,6 +33,7 @@ LAYERS = [
         "fingerprint",
     ],
     ["answer", "message_stream", "session"],
+    ["functions", "toolrun", "agent_events", "agent"],
     ["runtime"],
     ["integrations", "bench", "demo", "cli", "cli_chat", "cli_input", "cli_options", "cli_output", "cli_sessions"],
 ]
