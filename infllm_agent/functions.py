@@ -7,9 +7,9 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model
 from pydantic.errors import PydanticUserError
 from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import PydanticSerializationError, to_jsonable_python
@@ -189,25 +189,23 @@ def _model_of(function: Function, name: str) -> type[BaseModel]:
         raise ConfigError(f'tool "{name}" has no signature to read ({error}): give parameters=') from None
     fixed = function.keywords if isinstance(function, partial) else {}
     fields: dict[str, Any] = {}
-    aliases: dict[str, str] = {}
     for parameter in signature.parameters.values():
         if parameter.name in fixed:
             continue
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
-            kind = (
-                "positional-only" if parameter.kind == parameter.POSITIONAL_ONLY else "a variable number of arguments"
+            raise ConfigError(
+                f'tool "{name}": its argument "{parameter}" is {parameter.kind.description}; a model gives each '
+                "argument by its name"
             )
-            raise ConfigError(f'tool "{name}": "{parameter}" is {kind}; a model gives each argument by its name')
         if parameter.annotation is parameter.empty:
             raise ConfigError(f'tool "{name}": its argument "{parameter.name}" has no annotation; say what type it has')
         _check_has_schema(parameter, name)
         default = ... if parameter.default is parameter.empty else parameter.default
-        aliases[key := f"argument_{len(aliases)}"] = parameter.name
-        fields[key] = (parameter.annotation, default)
-    # An argument that there is none of is a slip, of which the model must hear.
-    config = ConfigDict(extra="forbid", alias_generator=lambda key: aliases[key])
+        annotation: Any = parameter.annotation
+        fields[f"argument_{len(fields)}"] = (Annotated[annotation, Field(alias=parameter.name)], default)
     try:
-        return create_model(name, __config__=config, **fields)
+        # An argument that there is none of is a slip, of which the model must hear.
+        return create_model(name, __config__=ConfigDict(extra="forbid"), **fields)
     except (PydanticUserError, TypeError) as error:
         raise _no_schema(f'tool "{name}": no schema can be made from its signature', error) from None
 
@@ -224,12 +222,23 @@ def _no_schema(what: str, error: Exception) -> ConfigError:
 
 
 class _Schema(GenerateJsonSchema):
-    """JSON schemas without titles made from names, which tell a model nothing."""
+    """JSON schemas without titles made from names, which tell a model nothing, and without what decoding cannot hold
+    it to and pydantic mends: a set made from a list has everything once."""
 
     ignored_warning_kinds = {"skipped-choice", "non-serializable-default"}  # noqa: RUF012
 
     def field_title_should_be_set(self, schema: Any) -> bool:
         return False
+
+    def set_schema(self, schema: Any) -> dict[str, Any]:
+        return _without_unique(super().set_schema(schema))
+
+    def frozenset_schema(self, schema: Any) -> dict[str, Any]:
+        return _without_unique(super().frozenset_schema(schema))
+
+
+def _without_unique(schema: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in schema.items() if key != "uniqueItems"}
 
 
 def _schema_of(model: type[BaseModel], name: str) -> dict[str, Any]:
