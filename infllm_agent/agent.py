@@ -37,9 +37,10 @@ LOOK_BACK = 256
 
 def run_agent(session: Session, task: str | None = None, **options: Any) -> AgentRun:
     """Have the model work on a task with tools, to the end. Options and errors are those of ``stream_agent``."""
-    *_, run = stream_agent(session, task, **options)
-    assert isinstance(run, AgentRun)
-    return run
+    for event in stream_agent(session, task, **options):
+        last = event
+    assert isinstance(last, AgentRun)
+    return last
 
 
 async def arun_agent(session: Session, task: str | None = None, **options: Any) -> AgentRun:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from contextlib import aclosing
 from os import PathLike
 from typing import Any
 
-from infllm_agent.agent import arun_agent, run_agent, stream_agent
+from infllm_agent.agent import arun_agent, astream_agent, run_agent, stream_agent
 from infllm_agent.agent_events import AgentEvent, AgentRun
 from infllm_agent.catalog import Catalog, SessionInfo
 from infllm_agent.chat import ChatFormat
@@ -131,6 +132,15 @@ class AgentRuntime:
     async def arun_agent(self, session: Session | str, task: str | None = None, **options: Any) -> AgentRun:
         """As ``run_agent``, in a thread; async tools run on the caller's loop."""
         return await arun_agent(await asyncio.to_thread(self._opened, session), task, **options)
+
+    async def astream_agent(
+        self, session: Session | str, task: str | None = None, **options: Any
+    ) -> AsyncGenerator[AgentEvent, None]:
+        """As ``stream_agent``, in a thread; async tools run on the caller's loop."""
+        opened = await asyncio.to_thread(self._opened, session)
+        async with aclosing(astream_agent(opened, task, **options)) as events:
+            async for event in events:
+                yield event
 
     def _opened(self, session: Session | str) -> Session:
         return self.session(session) if isinstance(session, str) else session

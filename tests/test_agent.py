@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any, Literal
 
@@ -336,7 +337,7 @@ def test_a_tool_that_is_far_ahead_waits_and_its_time_stands_still(runtime: Agent
     piece = "a" * (MOST_AHEAD // 2)
 
     def slow() -> str:
-        time.sleep(0.6)
+        time.sleep(0.9)
         assert yielded <= 3  # two fit, and one waits
         return "slept"
 
@@ -351,7 +352,7 @@ def test_a_tool_that_is_far_ahead_waits_and_its_time_stands_still(runtime: Agent
         for each in sync_fast():
             yield each
 
-    tools = [slow, Tool(async_fast if is_async else sync_fast, name="fast", timeout=0.3)]
+    tools = [slow, Tool(async_fast if is_async else sync_fast, name="fast", timeout=0.6)]
     session = with_calls(runtime.session("ops"), ToolCall("slow", {}, "c1"), ToolCall("fast", {}, "c2"))
     run = runtime.run_agent(session, tools=tools, max_tokens=2)
     assert [result.text for result in run.calls] == ["slept", piece * 6]
@@ -604,6 +605,30 @@ async def test_cancelling_the_awaiting_task_ends_the_run(runtime: AgentRuntime) 
         await asyncio.wait_for(work, 10)
     assert told(session) == [("tool", "c1", INTERRUPTED)]
     assert session.cancelled is before
+
+
+async def test_leaving_an_async_iterator_ends_the_run(runtime: AgentRuntime) -> None:
+    closed = []
+
+    async def lines() -> AsyncIterator[str]:
+        try:
+            while True:
+                yield "line\n"
+                await asyncio.sleep(0.01)
+        finally:
+            closed.append(asyncio.get_running_loop())
+
+    session = with_calls(runtime.session("ops"), ToolCall("lines", {}, "c1"))
+    async with aclosing(runtime.astream_agent("ops", tools=[lines], tool_timeout=None)) as events:
+        async for event in events:
+            if isinstance(event, OutputPiece):
+                break
+    ((_, _, text),) = told(session)
+    assert re.fullmatch(rf"(line\n)+\n{INTERRUPTED}", text)
+    assert unanswered(session) == []
+    for _ in range(100):
+        await asyncio.sleep(0 if closed else 0.02)
+    assert closed == [asyncio.get_running_loop()]
 
 
 # -- as a user has it --------------------------------------------------------------------------------------------------
