@@ -7,10 +7,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from infllm_agent.config import MemoryConfig, RuntimeConfig, SamplingConfig
     from infllm_agent.errors import InfLLMError
+    from infllm_agent.functions import StopAgent, Tool
     from infllm_agent.runtime import AgentRuntime
     from infllm_agent.session import Session
 
-__all__ = ["AgentRuntime", "InfLLMError", "MemoryConfig", "RuntimeConfig", "SamplingConfig", "Session", "__version__"]
+__all__ = [
+    "AgentRuntime",
+    "InfLLMError",
+    "MemoryConfig",
+    "RuntimeConfig",
+    "SamplingConfig",
+    "Session",
+    "StopAgent",
+    "Tool",
+    "__version__",
+]
 __version__ = "0.1.0"
 
 _HOME = {
@@ -20,6 +31,8 @@ _HOME = {
     "RuntimeConfig": "config",
     "SamplingConfig": "config",
     "Session": "session",
+    "StopAgent": "functions",
+    "Tool": "functions",
 }
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from contextlib import aclosing
 from os import PathLike
 from typing import Any
 
+from infllm_agent.agent import arun_agent, astream_agent, run_agent, stream_agent
+from infllm_agent.agent_events import AgentEvent, AgentRun
 from infllm_agent.catalog import Catalog, SessionInfo, check_name
 from infllm_agent.chat import ChatFormat
 from infllm_agent.config import MemoryConfig, RuntimeConfig
@@ -133,6 +137,38 @@ class AgentRuntime:
             self._sessions[name] = fork
             self._held.add(name)
         return fork
+
+    def run_agent(self, session: Session | str, task: str | None = None, **options: Any) -> AgentRun:
+        """Have the model work on a task with tools: ``agent.run_agent``, which names the options and errors.
+
+            runtime.run_agent("ops", "What is wrong with db-3?", tools=[read_log]).text
+
+        Args:
+            session: a session, or the name of one that is created or resumed.
+        """
+        return run_agent(self._opened(session), task, **options)
+
+    def stream_agent(
+        self, session: Session | str, task: str | None = None, **options: Any
+    ) -> Generator[AgentEvent, None, None]:
+        """As ``run_agent``, giving what happens as it happens: ``agent.stream_agent``."""
+        return stream_agent(self._opened(session), task, **options)
+
+    async def arun_agent(self, session: Session | str, task: str | None = None, **options: Any) -> AgentRun:
+        """As ``run_agent``, in a thread; async tools run on the caller's loop."""
+        return await arun_agent(await asyncio.to_thread(self._opened, session), task, **options)
+
+    async def astream_agent(
+        self, session: Session | str, task: str | None = None, **options: Any
+    ) -> AsyncGenerator[AgentEvent, None]:
+        """As ``stream_agent``, in a thread; async tools run on the caller's loop."""
+        opened = await asyncio.to_thread(self._opened, session)
+        async with aclosing(astream_agent(opened, task, **options)) as events:
+            async for event in events:
+                yield event
+
+    def _opened(self, session: Session | str) -> Session:
+        return self.session(session) if isinstance(session, str) else session
 
     def check(self, name: str, stored: dict[str, Any]) -> MemoryConfig:
         """The memory settings under which a session with the fingerprint ``stored`` opens here.

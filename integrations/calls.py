@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextvars
 import errno
 import json
 import math
 import sqlite3
-import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
-from typing import TypeVar
 
 from langchain_core.exceptions import ContextOverflowError
 from langchain_core.messages import AIMessageChunk
@@ -27,8 +23,6 @@ from infllm_agent.integrations.request import Request
 from infllm_agent.integrations.turns import Turn
 from infllm_agent.runtime import AgentRuntime
 from infllm_agent.session import Session
-
-T = TypeVar("T")
 
 
 class SessionFull(StorageError, ContextOverflowError):
@@ -157,47 +151,3 @@ def time_limit(seconds: float | None, cancelled: CancelCheck) -> Iterator[Cancel
         if is_over() and not cancelled():
             raise TimeoutError(f"no answer within timeout={seconds} s ({error})") from None
         raise
-
-
-async def from_thread(produce: Callable[[CancelCheck], Iterator[T]]) -> AsyncGenerator[T, None]:
-    """What ``produce`` yields in a thread of its own.
-
-    The thread is one item ahead at most. Closed early, or cancelled, it tells ``produce`` to stop and waits until it
-    has.
-    """
-    loop = asyncio.get_running_loop()
-    arrived: asyncio.Queue[tuple[T, ...] | None] = asyncio.Queue()  # None: the end
-    room = threading.Semaphore(1)
-    left = threading.Event()
-    failure: BaseException | None = None
-
-    def hand_over(item: tuple[T, ...] | None) -> None:
-        try:
-            loop.call_soon_threadsafe(arrived.put_nowait, item)
-        except RuntimeError:  # the loop is closed: nobody waits any more
-            left.set()
-
-    def work() -> None:
-        nonlocal failure
-        try:
-            for item in produce(left.is_set):
-                while not room.acquire(timeout=0.1) and not left.is_set():
-                    pass
-                hand_over((item,))
-        except BaseException as error:
-            failure = error
-        hand_over(None)
-
-    threading.Thread(target=contextvars.copy_context().run, args=(work,), name="infllm-agent-reply").start()
-    items: tuple[T, ...] | None = ()
-    try:
-        while (items := await arrived.get()) is not None:
-            for item in items:
-                room.release()
-                yield item
-    finally:
-        left.set()
-        while items is not None:
-            items = await arrived.get()
-    if failure is not None:
-        raise failure

@@ -27,7 +27,7 @@ from langchain_core.runnables.config import run_in_executor
 from pydantic import ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 from infllm_agent.config import MemoryConfig, SamplingConfig, default_root
-from infllm_agent.integrations.calls import answer_history, from_thread, never, time_limit
+from infllm_agent.integrations.calls import answer_history, never, time_limit
 from infllm_agent.integrations.desk import CancelCheck, Desk, OnDivergence, SessionFolder, Sessions, desk_of
 from infllm_agent.integrations.naming import family, session_name, with_session_id
 from infllm_agent.integrations.request import Form, Request, form_of, openai_tool
@@ -36,6 +36,7 @@ from infllm_agent.integrations.structured import Method, structured
 from infllm_agent.integrations.turns import Turn, history_of
 from infllm_agent.runtime import AgentRuntime
 from infllm_agent.store import SessionStore
+from infllm_agent.threads import from_thread
 
 __all__ = ["ChatInfLLM"]
 

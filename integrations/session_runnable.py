@@ -13,13 +13,14 @@ from langchain_core.messages import AIMessage
 from langchain_core.outputs import ChatGenerationChunk, ChatResult
 from langchain_core.runnables import RunnableConfig, RunnableSerializable
 
-from infllm_agent.integrations.calls import answer_events, from_thread, never, time_limit
+from infllm_agent.integrations.calls import answer_events, never, time_limit
 from infllm_agent.integrations.chat_model import ChatInfLLM
 from infllm_agent.integrations.desk import CancelCheck
 from infllm_agent.integrations.naming import session_name, with_session_id
 from infllm_agent.integrations.request import Request
 from infllm_agent.integrations.turns import SessionInput, turns_of
 from infllm_agent.runtime import AgentRuntime
+from infllm_agent.threads import from_thread
 
 
 class SessionRunnable(RunnableSerializable[SessionInput, AIMessage]):

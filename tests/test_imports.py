@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "infllm_agent"
 
 LAYERS = [
-    ["errors", "config", "tools", "signals"],
+    ["errors", "config", "tools", "threads", "signals"],
     ["kernels"],
     ["blockfile", "blocks", "index", "state", "window"],
     ["layers", "memory"],
@@ -34,6 +34,7 @@ LAYERS = [
     ],
     ["answer", "message_stream", "session"],
     ["inbox", "worker", "dispatch", "live"],
+    ["functions", "toolrun", "agent_events", "agent"],
     ["runtime"],
     ["integrations", "bench", "demo", "cli", "cli_chat", "cli_input", "cli_options", "cli_output", "cli_sessions"],
 ]
