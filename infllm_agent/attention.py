@@ -7,6 +7,7 @@ given to the model's forward reach it, so the memory travels as one. No class is
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any, Protocol, cast
 
 from torch import Tensor, nn
@@ -35,11 +36,14 @@ def _attention(
     scaling: float | None = None,
     softcap: float | None = None,
     memory: Memory | None = None,
+    between_layers: Callable[[], None] | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query (1, q_heads, n, head_dim) in, (1, n, q_heads, head_dim) out."""
     if memory is None:
         raise ValueError('attn_implementation="infllm" needs a forward with memory=...; use LocalModel.forward')
+    if between_layers is not None:
+        between_layers()
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     layer: int = cast(Any, module).layer_idx
     out = memory.attend(layer, query[0].contiguous(), key[0], value[0], scale=scale, softcap=softcap)

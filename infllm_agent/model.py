@@ -203,6 +203,7 @@ class LocalModel:
             use_cache=False,
             logits_to_keep=1 if last_only else 0,
             memory=memory,
+            between_layers=self.turns.pause,
         )
         return out.logits[0]  # type: ignore[no-any-return]
 

@@ -9,8 +9,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
-#: Seconds without a turn after which work that nobody waits for has one before urgent work.
-PATIENCE = 5.0
+#: Of the time, what goes to work that nobody waits for while urgent work waits all the time.
+CALM_SHARE = 0.2
+#: Seconds that such work has to be owed before it goes first.
+QUANTUM = 0.1
 
 
 @dataclass(eq=False)
@@ -18,26 +20,27 @@ class _Ticket:
     who: object
     urgent: bool
     thread: int
+    depth: int = 1
+    paused: bool = False  # in the middle of its work
+    since: float = 0.0  # when it had the turn
     called: threading.Event = field(default_factory=threading.Event)
 
 
 class Turns:
     """A lock whose holders take turns: one forward of the model each.
 
-    Work is *urgent* when somebody waits for its next token. Urgent work goes first, so that a short question waits for
-    one chunk of another session's reading at most; but when nothing else had a turn for ``patience`` seconds, one goes
-    before it, so that reading goes on while others talk. Among equals, who was served longest ago is next. A thread
-    that has the turn may take it again.
+    Work is *urgent* when somebody waits for its next token. Urgent work goes first, and other work lets it in between
+    its steps (``pause``), so that a short question waits for one layer of another session's reading at most. That other
+    work gets ``CALM_SHARE`` of the time all the same, so that reading goes on while others talk. Among equals, who was
+    served longest ago is next. A thread that has the turn may take it again.
     """
 
-    def __init__(self, patience: float = PATIENCE) -> None:
-        self.patience = patience
+    def __init__(self) -> None:
         self._mutex = threading.Lock()
-        self._owner: int | None = None
-        self._depth = 0
+        self._holder: _Ticket | None = None
         self._waiting: list[_Ticket] = []
         self._served: WeakKeyDictionary[object, float] = WeakKeyDictionary()
-        self._calm = 0.0  # when work that is not urgent had its last turn, or none of it waited
+        self._owed = 0.0  # seconds of the turn, to work that is not urgent
 
     @contextmanager
     def turn(self, who: object, *, urgent: bool = False) -> Iterator[None]:
@@ -57,16 +60,36 @@ class Turns:
         """How many threads wait for their turn."""
         return len(self._waiting)
 
+    def pause(self) -> None:
+        """Within a turn that is not urgent: let urgent work go first. Whoever paused goes on before new work begins."""
+        with self._mutex:
+            mine = self._holder
+            if mine is None or mine.urgent or mine.thread != threading.get_ident():
+                return
+            if not any(ticket.urgent for ticket in self._waiting):
+                return
+            self._account(mine)
+            if self._owed > 0:
+                return
+            mine.paused = True
+            mine.called.clear()
+            self._waiting.append(mine)
+            self._call_next()
+        self._wait(mine)
+
     def _take(self, who: object, urgent: bool) -> None:
         me = threading.get_ident()
         with self._mutex:
-            if self._owner == me:
-                self._depth += 1
+            if self._holder is not None and self._holder.thread == me:
+                self._holder.depth += 1
                 return
             ticket = _Ticket(who, urgent, me)
             self._waiting.append(ticket)
-            if self._owner is None:
+            if self._holder is None:
                 self._call_next()
+        self._wait(ticket)
+
+    def _wait(self, ticket: _Ticket) -> None:
         try:
             ticket.called.wait()
         except BaseException:  # KeyboardInterrupt: nobody will come for this turn
@@ -79,25 +102,36 @@ class Turns:
 
     def _release(self) -> None:
         with self._mutex:
-            self._depth -= 1
-            if not self._depth:
+            ticket = self._holder
+            if ticket is None or ticket.thread != threading.get_ident():
+                return  # interrupted while it waited: the turn is not this thread's any more
+            ticket.depth -= 1
+            if not ticket.depth:
+                self._account(ticket)
                 self._call_next()
 
     def _call_next(self) -> None:
         """Give the turn to the next in line. The mutex is held."""
-        self._owner = None
+        self._holder = None
         if not self._waiting:
             return
-        now = time.monotonic()
-        calm = [ticket for ticket in self._waiting if not ticket.urgent]
-        urgent = [ticket for ticket in self._waiting if ticket.urgent]
-        if not calm:
-            self._calm = now
-        overdue = bool(calm) and now - self._calm > self.patience
-        ticket = min(calm if overdue or not urgent else urgent, key=lambda ticket: self._served.get(ticket.who, 0.0))
-        if not ticket.urgent:
-            self._calm = now
+        calm_first = self._owed > QUANTUM
+        ticket = min(self._waiting, key=lambda ticket: self._rank(ticket, calm_first))
         self._waiting.remove(ticket)
-        self._owner, self._depth = ticket.thread, 1
-        self._served[ticket.who] = now
+        self._holder = ticket
+        ticket.since = self._served[ticket.who] = time.monotonic()
         ticket.called.set()
+
+    def _account(self, ticket: _Ticket) -> None:
+        """Of the time that the holder of the turn had since it was last asked."""
+        now = time.monotonic()
+        seconds, ticket.since = now - ticket.since, now
+        if not ticket.urgent:
+            self._owed = max(0.0, self._owed - seconds)
+        elif any(not other.urgent for other in self._waiting):
+            self._owed += seconds * CALM_SHARE / (1 - CALM_SHARE)
+        else:
+            self._owed = 0.0
+
+    def _rank(self, ticket: _Ticket, calm_first: bool) -> tuple[bool, bool, float]:
+        return ticket.urgent == calm_first, not ticket.paused, self._served.get(ticket.who, 0.0)
