@@ -131,12 +131,17 @@ class AgentRuntime:
         with self._lock:
             if source not in self._sessions:
                 Catalog(self.root).require(source)
+            was_held = source in self._held
             original = self.session(source)
-        fork = original.fork(name, messages, cancelled=cancelled)  # without the lock: other sessions go on
-        with self._lock:
-            self._sessions[name] = fork
-            self._held.add(name)
-        return fork
+        try:
+            fork = original.fork(name, messages, cancelled=cancelled)  # without the lock: other sessions go on
+            with self._lock:
+                self._sessions[name] = fork
+                self._held.add(name)
+            return fork
+        finally:
+            if not was_held:
+                self._held.discard(source)
 
     def run_agent(self, session: Session | str, task: str | None = None, **options: Any) -> AgentRun:
         """Have the model work on a task with tools: ``agent.run_agent``, which names the options and errors.
@@ -222,11 +227,21 @@ class AgentRuntime:
         if failure is not None:
             raise failure
 
+    async def aclose(self) -> None:
+        """As ``close``, without holding up the loop."""
+        await asyncio.to_thread(self.close)
+
     def __enter__(self) -> AgentRuntime:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    async def __aenter__(self) -> AgentRuntime:
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self.aclose()
 
     # -- for the dispatcher ------------------------------------------------------------------------------------------
 

@@ -447,7 +447,8 @@ def test_the_asyncio_face(make: Callable[..., AgentRuntime]) -> None:
         return "".join(streamed), reply.text
 
     async def main() -> list[tuple[str, str]]:
-        return await asyncio.gather(*(talk(f"s{n}") for n in range(6)))
+        async with runtime:
+            return await asyncio.gather(*(talk(f"s{n}") for n in range(6)))
 
     for n, (first, second) in enumerate(asyncio.run(main())):
         assert texts(runtime.live(f"s{n}")) == [f"You are s{n}.", "".join(LOG), first, second]
