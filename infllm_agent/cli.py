@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -33,6 +34,7 @@ from infllm_agent.store import SessionStore
 if TYPE_CHECKING:
     from infllm_agent.message_stream import MessageStream
     from infllm_agent.reply import Reply
+    from infllm_agent.runtime import AgentRuntime
     from infllm_agent.session import Session
 
 #: Streamed messages are committed when about this many tokens have come since the last commit.
@@ -116,7 +118,8 @@ def ingest(
             from infllm_agent.chat import check_name  # the session would say the same, but after loading the model
 
             check_name(name, "--name")
-        with _open_session(session, where, memory) as (target, interrupts):
+        with _open_session(session, where, memory) as work:
+            target, interrupts = work.session, work.interrupts
             if file == "-" and sys.stdin.isatty():
                 note("reading from the terminal; end with Ctrl-D")
             began, messages, tokens = time.perf_counter(), target.message_count, target.token_count
@@ -191,7 +194,8 @@ def ask(
         raise typer.BadParameter("it is empty", param_hint="QUESTION")
     SamplingConfig(**sampling)  # a mistake is told before the model is loaded
     form = {} if schema is None else {"schema": _read_schema(schema)}
-    with _open_session(session, where, memory, create=False) as (target, _):
+    with _open_session(session, where, memory, create=False) as work:
+        target = work.session
         if schema is not None:
             target.chat.grammars.schema(form["schema"])  # refused before the question is taken in
         asked = target.append_user(question)
@@ -242,18 +246,25 @@ def _reply_fields(reply: Reply) -> dict[str, Any]:
 @app.command()
 @options
 def chat(session: SessionName, *, where: RuntimeOptions, memory: Memory, sampling: Sampling) -> None:
-    """Talk with a session, line by line; made if there is none. /help lists the commands."""
+    """Talk with a session; made if there is none. /help lists the commands."""
     SamplingConfig(**sampling)
-    with _open_session(session, where, memory) as (target, interrupts):
+    with _open_session(session, where, memory) as work:
         from infllm_agent.cli_chat import Chat
 
-        Chat(target, interrupts, sampling).run()
+        Chat(work, sampling).run()
+
+
+@dataclass
+class Work:
+    """What a command works with. A chat may change the session."""
+
+    runtime: AgentRuntime
+    session: Session
+    interrupts: Interrupts
 
 
 @contextmanager
-def _open_session(
-    name: str, where: RuntimeOptions, settings: dict[str, Any], *, create: bool = True
-) -> Iterator[tuple[Session, Interrupts]]:
+def _open_session(name: str, where: RuntimeOptions, settings: dict[str, Any], *, create: bool = True) -> Iterator[Work]:
     """A session with its model. However the work in it ends, what it has taken in is committed.
 
     Args:
@@ -272,16 +283,17 @@ def _open_session(
     if settings:
         config = (MemoryConfig.from_record(stored) if stored else model.default_memory()).changed(**settings)
     with Interrupts() as interrupts, AgentRuntime(where.root, model, config) as runtime:
-        session = runtime.session(name)
-        session.cancelled = interrupts
+        work = Work(runtime, runtime.session(name), interrupts)
+        work.session.cancelled = interrupts
         try:
-            yield session, interrupts
+            yield work
         except Cancelled:
+            session = work.session
             with suppress(Cancelled):  # what waits need not go through the model now
                 session.abandon_stream()
             session.commit()
             kept = f"{counted(session.message_count, 'message')}, {counted(session.token_count, 'token')}"
-            raise Stopped(f'interrupted: {kept} are committed in session "{name}"') from None
+            raise Stopped(f'interrupted: {kept} are committed in session "{session.name}"') from None
 
 
 def _stored_memory(root: Path, name: str, *, create: bool) -> dict[str, Any] | None:

@@ -1,59 +1,103 @@
-"""The interactive loop of ``infllm-agent chat``."""
+"""The interactive loop of ``infllm-agent chat``, and how it shows itself where there is no terminal to speak of."""
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext, suppress
+from typing import TYPE_CHECKING, Any, Protocol
 
+from infllm_agent import chat_gauge
+from infllm_agent.chat_commands import Commands, Display
 from infllm_agent.cli_input import Interrupts, read_lines, standard_input
-from infllm_agent.cli_output import counted, print_message, write_piece
+from infllm_agent.cli_output import print_message, print_table, printable, write_piece
 from infllm_agent.errors import Cancelled, InfLLMError
+from infllm_agent.records import Message
+from infllm_agent.reply import Reply
 from infllm_agent.session import Session
 
-HELP = """\
-/help              this list
-/history [N]       the last N messages (10)
-/search WORDS      messages of this session that have all the words
-/observe TEXT      add an observation, without asking for an answer
-/fork NAME [N]     a new session that begins as this one, with all messages so far or the first N
-/usage             sizes of the session
-/quit              leave; so do Ctrl-D and Ctrl-C at the prompt
-//TEXT             say TEXT with one slash in front
-Ctrl-C ends an answer; it is kept as it stands. Every turn is committed."""
+if TYPE_CHECKING:
+    from infllm_agent.cli import Work
+
+
+class Face(Display, Protocol):
+    """Where the lines of a chat come from, and what shows it."""
+
+    def lines(self) -> Iterator[str]:
+        """What was typed, message by message, until the user leaves. Raises Cancelled when it has to end."""
 
 
 class Chat:
-    """Reads lines and acts on them: a command, or a message that is answered."""
+    """Takes messages and acts on them: a command, or something to answer."""
 
-    def __init__(self, session: Session, interrupts: Interrupts, sampling: dict[str, Any]) -> None:
-        self._session = session
-        self._interrupts = interrupts
+    def __init__(self, work: Work, sampling: dict[str, Any]) -> None:
+        self._work = work
         self._sampling = sampling
         self._interactive = sys.stdin.isatty() and sys.stdout.isatty()
-        self._commands: dict[str, Callable[[str], None]] = {
-            "help": lambda rest: print(HELP),
-            "history": self._history,
-            "search": self._search,
-            "observe": self._observe,
-            "fork": self._fork,
-            "usage": self._usage,
-        }
+        self._face: Face
+        if moves_its_cursor():
+            from infllm_agent.chat_screen import Screen
+
+            self._face = Screen(work, lambda: self._commands)
+        else:
+            self._face = Plain(work.interrupts)
+        self._commands = Commands(work, self._face)
+        if self._interactive:
+            count = work.session.message_count
+            self._face.line(f'session "{work.session.name}", {count} messages; /help lists the commands')
 
     def run(self) -> None:
         """Until the input ends, ``/quit``, or Ctrl-C at the prompt."""
-        if self._interactive:
-            print(f'session "{self._session.name}", {self._session.message_count} messages; /help lists the commands')
-        for line in self._prompted() if self._interactive else read_lines(standard_input(), self._interrupts):
+        interrupts = self._work.interrupts
+        for line in self._face.lines():
             if line.strip() == "/quit":
                 return
-            with suppress(Cancelled):
-                self._act(line)
-            self._session.commit()
-            if self._interrupts.final:
+            try:
+                with suppress(Cancelled):
+                    self._act(line)
+                self._work.session.commit()
+            except InfLLMError as error:
+                if not self._interactive or self._work.session.closed:
+                    raise
+                self._face.error(f"error: {error}")  # such as a full disk: somebody is there to help
+            if interrupts.final:
                 raise Cancelled("stopped")
-            self._interrupts.clear()
+            interrupts.clear()
+
+    def _act(self, line: str) -> None:
+        if line.startswith("/") and not line.startswith("//"):
+            self._commands.run(line)
+        elif line.strip():
+            self._answer(line.removeprefix("/") if line.startswith("//") else line)
+
+    def _answer(self, text: str) -> None:
+        session = self._work.session
+        with self._face.answering(session) as write:
+            session.append_user(text)
+            with closing(session.stream_reply(**self._sampling)) as pieces:
+                for piece in pieces:
+                    write(piece)
+        reply = session.last_reply
+        assert reply is not None
+        self._commands.answered(reply)
+        self._face.closing(reply)
+
+
+def moves_its_cursor() -> bool:
+    """Whether there is a terminal that can do more than print."""
+    return sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM", "dumb") not in ("", "dumb", "unknown")
+
+
+class Plain:
+    """Lines in, lines out: for pipes, files and terminals that can do no more."""
+
+    def __init__(self, interrupts: Interrupts) -> None:
+        self._interrupts = interrupts
+        self._interactive = sys.stdin.isatty() and sys.stdout.isatty()
+
+    def lines(self) -> Iterator[str]:
+        return self._prompted() if self._interactive else read_lines(standard_input(), self._interrupts)
 
     def _prompted(self) -> Iterator[str]:
         with suppress(ImportError):
@@ -69,62 +113,35 @@ class Chat:
                 return
             yield line
 
-    def _act(self, line: str) -> None:
-        if line.startswith("/") and not line.startswith("//"):
-            name, _, rest = line[1:].partition(" ")
-            command = self._commands.get(name)
-            if command is None:
-                print(f"no command /{name}; /help lists them, //{name} says it as text", file=sys.stderr)
-            else:
-                try:
-                    command(rest.strip())
-                except InfLLMError as error:
-                    if isinstance(error, Cancelled):
-                        raise
-                    print(f"error: {error}", file=sys.stderr)
-        elif line.strip():
-            self._answer(line.removeprefix("/") if line.startswith("//") else line)
+    def line(self, text: str) -> None:
+        print(printable(text))
 
-    def _answer(self, text: str) -> None:
-        self._session.append_user(text)
+    def error(self, text: str) -> None:
+        print(printable(text), file=sys.stderr)
+
+    def help(self, rows: Iterable[tuple[str, str]]) -> None:
+        for usage, what in rows:
+            print(f"{usage:<18} {what}")
+        print("Ctrl-C ends an answer; it is kept as it stands. Every turn is committed.")
+
+    def messages(self, messages: Iterable[Message], words: str = "") -> None:
+        for message in messages:
+            print_message(message)
+
+    def table(self, head: Sequence[str], rows: Sequence[Sequence[str | float]]) -> None:
+        print_table(head, [[f"{c:.0%}" if isinstance(c, float) else printable(c) for c in row] for row in rows])
+
+    def reading(self, session: Session) -> nullcontext[None]:
+        return nullcontext()
+
+    @contextmanager
+    def answering(self, session: Session) -> Iterator[Callable[[str], None]]:
         try:
-            with closing(self._session.stream_reply(**self._sampling)) as pieces:
-                for piece in pieces:
-                    write_piece(piece)
+            yield write_piece
         finally:
             print(flush=True)
 
-    def _history(self, count: str) -> None:
-        if count and not count.isdigit():
-            raise InfLLMError(f"/history {count}: give a number")
-        for message in self._session.messages(-max(1, int(count or 10))):
-            print_message(message)
-
-    def _search(self, words: str) -> None:
-        found = self._session.store.search(words)
-        for message in reversed(found):
-            print_message(message)
-        if not found:
-            print("nothing found")
-
-    def _observe(self, text: str) -> None:
-        if not text:
-            raise InfLLMError("/observe: give the text")
-        self._session.append_observation(text)
-
-    def _fork(self, rest: str) -> None:
-        match rest.split():
-            case [name]:
-                messages = None
-            case [name, count] if count.isdecimal():
-                messages = int(count)
-            case _:
-                raise InfLLMError("/fork: give the new session's name, and perhaps how many messages to take over")
-        with self._session.fork(name, messages) as fork:
-            made = counted(fork.message_count, "message")
-        print(f'session "{name}" made, {made}; open it with: infllm-agent chat {name}')
-
-    def _usage(self, _: str) -> None:
-        usage = self._session.usage
-        sizes = ", ".join(f"{tier} {size:,} bytes" for tier, size in usage["bytes"].items())
-        print(f"{usage['messages']:,} messages, {usage['tokens']:,} tokens, {usage['blocks']:,} blocks; {sizes}")
+    def closing(self, reply: Reply) -> None:
+        if self._interactive:
+            for line in chat_gauge.closing(reply):
+                print(f"({line})")

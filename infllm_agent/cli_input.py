@@ -7,7 +7,7 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import BinaryIO, Protocol, cast
@@ -27,11 +27,15 @@ class Interrupts:
     """Ctrl-C, SIGTERM and SIGHUP as a request to stop at the next good place. A second one ends the process at once.
 
     Called, it says whether to stop: use it as ``Session.cancelled``. Signals that were ignored stay ignored.
+
+    Attributes:
+        before_kill: called before the process ends at once.
     """
 
     def __init__(self) -> None:
+        self.before_kill: Callable[[], None] = lambda: None
         self._request: signal.Signals | None = None
-        self._waiting = False
+        self._wake: Callable[[], None] | None = None
         self._before: dict[signal.Signals, object] = {}
 
     def __call__(self) -> bool:
@@ -48,15 +52,15 @@ class Interrupts:
             self._request = None
 
     @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Around reads that may take for ever: here a request raises Cancelled at once."""
-        self._waiting = True
+    def waiting(self, wake: Callable[[], None] | None = None) -> Iterator[None]:
+        """Around reads that may take for ever: here a request raises Cancelled at once, or calls ``wake``."""
+        self._wake = wake or _stop
         try:
             if self._request is not None:
-                raise Cancelled("stopped")
+                self._wake()
             yield
         finally:
-            self._waiting = False
+            self._wake = None
 
     def __enter__(self) -> Interrupts:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -70,11 +74,16 @@ class Interrupts:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._request is not None:
+            self.before_kill()
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self._request = signal.Signals(number)
-        if self._waiting:
-            raise Cancelled("stopped")
+        if self._wake is not None:
+            self._wake()
+
+
+def _stop() -> None:
+    raise Cancelled("stopped")
 
 
 @contextmanager

@@ -49,11 +49,16 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 def print_message(message: Message) -> None:
     """A message for people: a head line, and the beginning of its text, indented."""
-    who = f"{message.role} {message.name}" if message.name else message.role
-    print(f"[{message.index}] {who}, {local_time(message.time)}")
+    print(message_head(message))
     print("\n".join(f"    {line}" for line in printable(message.text[:SHOWN_CHARS]).split("\n")))
     if (more := len(message.text) - SHOWN_CHARS) > 0:
         print(f"    ... and {more:,} more characters")
+
+
+def message_head(message: Message) -> str:
+    """Number, role, name and time of a message, in one line."""
+    who = f"{message.role} {message.name}" if message.name else message.role
+    return f"[{message.index}] {who}, {local_time(message.time)}"
 
 
 def message_fields(message: Message) -> dict[str, Any]:

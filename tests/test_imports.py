@@ -36,7 +36,10 @@ LAYERS = [
     ["inbox", "worker", "dispatch", "live"],
     ["functions", "toolrun", "agent_events", "agent"],
     ["runtime"],
-    ["integrations", "bench", "demo", "cli", "cli_chat", "cli_input", "cli_options", "cli_output", "cli_sessions"],
+    [
+        *["integrations", "bench", "demo", "cli", "cli_chat", "cli_input", "cli_options", "cli_output", "cli_sessions"],
+        *["chat_commands", "chat_gauge", "chat_live", "chat_prompt", "chat_screen", "transcript"],
+    ],
 ]
 TOP = ["", "__main__"]  # the package itself hands out the public names, so it may import anything
 
