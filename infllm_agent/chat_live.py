@@ -89,6 +89,7 @@ class LiveText:
                 self._column = min(self._column + 8 - self._column % 8, self._width - 1)
             elif self._column + wide > self._width:
                 self._column, row_ends = wide, True
+                self._sure &= wide == 1  # nor on where a wide one goes that does not fit
             else:
                 self._column += wide
             # Terminals do not agree on joined characters and emoji.

@@ -84,7 +84,7 @@ class _Completer(Completer):
         if not name.startswith("/") or "\n" in name:
             return
         if not space:
-            yield from _that_begin(name, [f"/{known}" for known in self._commands().names()])
+            yield from _that_begin(name, [f"/{known} " for known in self._commands().names()])
         elif name in ("/open", "/sessions"):
             yield from _that_begin(rest, self._commands().session_names())
         elif name in ("/save", "/save!"):

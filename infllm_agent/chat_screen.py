@@ -6,7 +6,7 @@ import re
 import sys
 import termios
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from os import get_terminal_size
 from pathlib import Path
@@ -25,6 +25,7 @@ from infllm_agent.chat_commands import Commands
 from infllm_agent.chat_gauge import Gauge, Progress
 from infllm_agent.chat_live import LiveText, ticking
 from infllm_agent.chat_prompt import KEYS, new_prompt
+from infllm_agent.cli_input import Interrupts
 from infllm_agent.cli_output import SHOWN_CHARS, message_head, printable
 from infllm_agent.errors import Cancelled
 from infllm_agent.records import Message
@@ -52,7 +53,11 @@ class Screen:
 
     # -- what comes in -----------------------------------------------------------------------------------------------
 
-    def lines(self) -> Iterator[str]:
+    def lines(self) -> Generator[str, None, None]:
+        with _keys_wait(self._work.interrupts):
+            yield from self._prompted()
+
+    def _prompted(self) -> Iterator[str]:
         interrupts = self._work.interrupts
         while True:
             self._gauge = Gauge.of(self._work.session)
@@ -135,7 +140,7 @@ class Screen:
             progress.answering()
             live.text(piece)
 
-        with _keys_wait(self._work), ticking(live):
+        with ticking(live):
             try:
                 yield write
             except Cancelled:
@@ -184,8 +189,8 @@ def _share(share: float, width: int) -> Table:
 
 
 @contextmanager
-def _keys_wait(work: Work) -> Iterator[None]:
-    """What is typed meanwhile does not show; it waits for the prompt, as it was typed. Ctrl-C is a signal still."""
+def _keys_wait(interrupts: Interrupts) -> Iterator[None]:
+    """What is typed while no prompt is there does not show; it waits for the next one. Ctrl-C is a signal still."""
     stdin = sys.stdin.fileno()
     before = termios.tcgetattr(stdin)
 
@@ -196,13 +201,13 @@ def _keys_wait(work: Work) -> Iterator[None]:
     quiet = list(before)
     quiet[0] &= ~termios.ICRNL
     quiet[3] &= ~(termios.ECHO | termios.ICANON)
-    work.interrupts.before_kill = give_back
+    interrupts.before_kill = give_back
     try:
         termios.tcsetattr(stdin, termios.TCSANOW, quiet)
         yield
     finally:
         give_back()
-        work.interrupts.before_kill = lambda: None
+        interrupts.before_kill = lambda: None
 
 
 def _write(text: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class Face(Display, Protocol):
     """Where the lines of a chat come from, and what shows it."""
 
-    def lines(self) -> Iterator[str]:
+    def lines(self) -> Generator[str, None, None]:
         """What was typed, message by message, until the user leaves. Raises Cancelled when it has to end."""
 
 
@@ -50,20 +50,24 @@ class Chat:
     def run(self) -> None:
         """Until the input ends, ``/quit``, or Ctrl-C at the prompt."""
         interrupts = self._work.interrupts
-        for line in self._face.lines():
-            if line.strip() == "/quit":
-                return
-            try:
-                with suppress(Cancelled):
-                    self._act(line)
-                self._work.session.commit()
-            except InfLLMError as error:
-                if not self._interactive or self._work.session.closed:
-                    raise
-                self._face.error(f"error: {error}")  # such as a full disk: somebody is there to help
-            if interrupts.final:
-                raise Cancelled("stopped")
-            interrupts.clear()
+        with closing(self._face.lines()) as lines:
+            for line in lines:
+                if line.strip() == "/quit":
+                    return
+                self._turn(line)
+                if interrupts.final:
+                    raise Cancelled("stopped")
+                interrupts.clear()
+
+    def _turn(self, line: str) -> None:
+        try:
+            with suppress(Cancelled):
+                self._act(line)
+            self._work.session.commit()
+        except InfLLMError as error:
+            if not self._interactive or self._work.session.closed:
+                raise
+            self._face.error(f"error: {error}")  # such as a full disk: somebody is there to help
 
     def _act(self, line: str) -> None:
         if line.startswith("/") and not line.startswith("//"):
@@ -96,8 +100,8 @@ class Plain:
         self._interrupts = interrupts
         self._interactive = sys.stdin.isatty() and sys.stdout.isatty()
 
-    def lines(self) -> Iterator[str]:
-        return self._prompted() if self._interactive else read_lines(standard_input(), self._interrupts)
+    def lines(self) -> Generator[str, None, None]:
+        yield from self._prompted() if self._interactive else read_lines(standard_input(), self._interrupts)
 
     def _prompted(self) -> Iterator[str]:
         with suppress(ImportError):
