@@ -24,7 +24,8 @@ class ByteSource(Protocol):
 
 
 class Interrupts:
-    """Ctrl-C, SIGTERM and SIGHUP as a request to stop at the next good place. A second one ends the process at once.
+    """Ctrl-C, SIGTERM and SIGHUP as a request to stop at the next good place. A second one ends the process at once,
+    but for SIGHUP, of which a terminal that is closed may send several.
 
     Called, it says whether to stop: use it as ``Session.cancelled``. Signals that were ignored stay ignored.
 
@@ -73,7 +74,7 @@ class Interrupts:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._request is not None:
+        if self._request is not None and number != signal.SIGHUP:
             self.before_kill()
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
