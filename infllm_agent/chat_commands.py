@@ -222,7 +222,7 @@ def show_attended(session: Session, reply: Reply, display: Display) -> None:
     for attended in reply.trace.by_message(messages, ATTENDED):
         message = messages[attended.message]
         text = " ".join(printable(message.text[:200]).split())
-        rows.append([str(message.index), message.role, attended.share, text[:60]])
+        rows.append([str(message.index), message.role, attended.share, text if len(text) <= 80 else text[:77] + "..."])
     if rows:
         display.table(["message", "role", "attention", "text"], rows)
     else:

@@ -13,8 +13,16 @@ import pyte
 class Terminal:
     """Starts a program, types, and reads the screen. ``raw`` has every byte that the program wrote."""
 
-    def __init__(self, command: Sequence[str], *, rows: int = 100, columns: int = 80, **env: str) -> None:
-        self.screen = pyte.Screen(columns, rows)
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        rows: int = 100,
+        columns: int = 80,
+        screen: type[pyte.Screen] = pyte.Screen,
+        **env: str,
+    ) -> None:
+        self.screen = screen(columns, rows)
         self.screen.write_process_input = lambda told: self.child.send(told)  # type: ignore[method-assign]  # it tells where the cursor is
         self.raw = b""
         self._stream = pyte.ByteStream(self.screen)
