@@ -39,8 +39,9 @@ bench: $(STAMP)  ## measure retrieval and speed; results in bench-results/
 		--json bench-results/retrieval.json --plot bench-results
 	$(BIN)/infllm-agent bench speed --histories 2048,16384 --systems infllm,plain --json bench-results/speed.json
 
-picture: $(STAMP)  ## draw docs/demo.svg from a real run of the demo
+picture: $(STAMP)  ## draw docs/demo.svg and docs/chat.svg from real runs
 	$(BIN)/python docs/picture.py
+	$(BIN)/python docs/chat_picture.py
 
 clean:  ## remove what the other targets made
 	rm -rf $(VENV) site build dist *.egg-info bench-results .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from terminal import Terminal
 
 COLUMNS, ROWS = 96, 30
+QUESTION = "What does it mean that the disk of a host is full?"
 DIM = 90  # pyte knows no dim characters: they are drawn grey
 
 
@@ -30,32 +31,27 @@ class Screen(pyte.Screen):
 
 def log() -> str:
     dice = random.Random(1)
-    lines = [
-        f"{8 + i // 60:02}:{i % 60:02} {dice.choice(['GET /orders', 'GET /users', 'POST /carts'])} 200 in {dice.randint(9, 90)} ms"
-        for i in range(300)
-    ]
-    lines[140] = "10:20 deploy of service payments-api failed: the disk of host db-7 is full"
+    asked = ["GET /orders", "GET /users", "POST /carts"]
+    lines = [f"10:{i:02} {dice.choice(asked)} 200 in {dice.randint(9, 90)} ms" for i in range(60)]
+    lines[20] = "10:20 deploy of service payments-api failed: the disk of host db-7 is full"
     return "\n".join(lines)
 
 
 def talk(root: str) -> Screen:
-    program = [sys.executable, "-m", "infllm_agent"]
-    where = ["ops", "--root", root]
-    lines = subprocess.run(
-        [*program, "ingest", *where, "--lines", "--role", "tool", "--name", "kubectl"], input=log(), text=True
-    )
-    lines.check_returncode()
-    terminal = Terminal([*program, "chat", *where, "--max-tokens", "60"], rows=ROWS, columns=COLUMNS, screen=Screen)
+    program, where = [sys.executable, "-m", "infllm_agent"], ["ops", "--root", root]
+    ingest = [*program, "ingest", *where, "--lines", "--role", "tool", "--name", "kubectl"]
+    subprocess.run(ingest, input=log(), text=True, check=True)
+    terminal = Terminal([*program, "chat", *where, "--max-tokens", "80"], rows=ROWS, columns=COLUMNS, screen=Screen)
     terminal.wait("idle")
-    for number, line in enumerate(["Why did the deploy of payments-api fail?", "/inspect", "/search db-7"]):
+    for number, line in enumerate(
+        ["What does it mean that the disk of a host is full?", "/inspect", "/search db-7"], 2
+    ):
         terminal.type(line)
         terminal.wait(line)
         terminal.type("\r")
-        terminal.wait(
-            lambda done=number + 2: len(re.findall(r"^>", terminal.text, re.M)) == done and "idle" in terminal.text
-        )
-    terminal.type("Which host was it, ")
-    terminal.wait("was it,")
+        terminal.wait(lambda n=number: "idle" in terminal.text and len(re.findall(r"^>", terminal.text, re.M)) == n)
+    terminal.type("/fork what-if 20")
+    terminal.wait("what-if 20")
     return terminal.screen
 
 
