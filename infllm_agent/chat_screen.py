@@ -146,7 +146,7 @@ class Screen:
             except Cancelled:
                 live.end()
                 wait = session.pending_tokens
-                self._dim(f"stopped; what came is kept{f', {wait:,} tokens of it are read next time' if wait else ''}")
+                self._dim("stopped; nothing is lost" + (f", {wait:,} tokens are read next time" if wait else ""))
                 raise
 
     def closing(self, reply: Reply) -> None:

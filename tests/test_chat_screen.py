@@ -89,7 +89,7 @@ def test_a_chat(chat, tmp_path):
     # Three ways to a new line, and a paste; Tab completes a command.
     terminal.type("first\\\rsecond\nthird\x1b\r\x1b[200~four\r\nfive\x1b[201~\r")
     prompted(terminal, 1)
-    terminal.type("/observe the disk is FULL, garçon; all of it\r")
+    terminal.type("\x1b[200~/observe the disk is FULL, garçon; all\x1b]0;of\x07it\x1b[201~\r")
     terminal.wait(lambda: "3 messages" in terminal.text)
     terminal.type("/sea\tDisk garcon\r")
     terminal.wait("[2] observation")
@@ -132,20 +132,24 @@ def test_a_chat(chat, tmp_path):
     terminal.type("half a line\x03/quit\r")
     assert terminal.end() == 0
     assert b"Traceback" not in terminal.raw
+    assert b"\x1b]" not in terminal.raw
 
     messages = stored(chat.root, "ops")
+    assert "\x1b]0;of\x07" in messages[2].text
     assert [m.role for m in messages] == ["user", "assistant", "observation", "user", "assistant"]
     assert messages[0].text == "first\nsecond\nthird\nfour\nfive"
     assert stored(chat.root, "early") == messages[:1]
     lines = [json.loads(line) for line in (tmp_path / "talk.jsonl").read_text().splitlines()]
     assert [line["text"] for line in lines] == [m.text for m in messages]
-    assert f"\n\n{messages[2].text}\n\n" in (tmp_path / "talk.md").read_text()
+    assert f"\n\n{printable(messages[2].text)}\n\n" in (tmp_path / "talk.md").read_text()
 
 
 def test_stopping(chat):
     """Ctrl-C while it answers and while it reads, a terminal that becomes narrow, SIGTERM."""
-    terminal = chat("ops", "--max-tokens", "100000")
+    terminal = chat("ops", "--max-tokens", "100000", NO_COLOR="1")
     terminal.wait("5 messages")
+    terminal.type("/history x\r")
+    terminal.wait("error: /history x: give a number")
     terminal.type("\x12FULL")  # what was typed in the chat before, found
     terminal.wait("/observe the disk is FULL")
     terminal.type("\r\x03hello\r")  # taken, and thrown away
@@ -159,7 +163,7 @@ def test_stopping(chat):
     terminal.type("\x1b[200~" + "the tool printed a line of its log\n" * 400 + "\x1b[201~\r")
     terminal.wait(lambda: re.search(r"reading [\d,]+ of [\d,]+ tokens", terminal.text))
     terminal.type("\x03")
-    terminal.wait("stopped; what came is kept, ")
+    terminal.wait("stopped; nothing is lost, ")
     terminal.wait("idle")
     assert len(stored(chat.root, "ops")) == 8
 
@@ -171,6 +175,9 @@ def test_stopping(chat):
     assert [m.role for m in messages[5:]] == ["user", "assistant", "user", "user", "assistant"]
     assert f"interrupted: {len(messages)} messages" in " ".join(terminal.text.split())
     assert b"Traceback" not in terminal.raw
+    styles = re.findall(rb"\x1b\[([\d;]+)m", terminal.raw)
+    assert styles
+    assert all(int(code) < 30 for style in styles for code in style.split(b";"))  # no colours
 
 
 def test_a_terminal_that_cannot_move_its_cursor_and_goes_away(chat):
