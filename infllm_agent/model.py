@@ -23,7 +23,7 @@ from infllm_agent.hub import resolve_model
 from infllm_agent.layers import LayerSpec
 from infllm_agent.memory import ContextMemory
 from infllm_agent.probe import probe, probe_ids, relative_error
-from infllm_agent.scheduler import Turns
+from infllm_agent.scheduler import Turns, Urgency
 
 
 @dataclass(eq=False)
@@ -166,13 +166,13 @@ class LocalModel:
         return self._digest
 
     @torch.inference_mode()
-    def forward(self, token_ids: Sequence[int], memory: Memory, *, urgent: bool = False) -> Tensor:
+    def forward(self, token_ids: Sequence[int], memory: Memory, *, urgency: Urgency = Urgency.NOBODY) -> Tensor:
         """Stream one chunk into the memory; returns the logits (vocab,) float32 after its last token.
 
         Args:
-            urgent: somebody waits for it (``Turns``).
+            urgency: who waits for it (``Turns``).
         """
-        return self._step(token_ids, memory, last_only=True, urgent=urgent)[-1]
+        return self._step(token_ids, memory, last_only=True, urgency=urgency)[-1]
 
     @torch.inference_mode()
     def forward_all(self, token_ids: Sequence[int], memory: Memory) -> Tensor:
@@ -189,8 +189,10 @@ class LocalModel:
             finally:
                 set_attention(self.model, ATTENTION)
 
-    def _step(self, token_ids: Sequence[int], memory: Memory, *, last_only: bool, urgent: bool = False) -> Tensor:
-        with self.turns.turn(memory, urgent=urgent):
+    def _step(
+        self, token_ids: Sequence[int], memory: Memory, *, last_only: bool, urgency: Urgency = Urgency.NOBODY
+    ) -> Tensor:
+        with self.turns.turn(memory, urgency=urgency):
             ids = torch.tensor([list(token_ids)], device=self.device)
             logits = self._logits(ids, memory, last_only=last_only)
             memory.advance(len(token_ids))

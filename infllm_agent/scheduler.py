@@ -7,7 +7,17 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from enum import IntEnum
 from weakref import WeakKeyDictionary
+
+
+class Urgency(IntEnum):
+    """Who waits for a piece of work."""
+
+    NOBODY = 0
+    NEXT_TOKEN = 1  # of an answer that has begun
+    FIRST_TOKEN = 2  # of an answer
+
 
 #: Of the time, what goes to work that nobody waits for while urgent work waits all the time.
 CALM_SHARE = 0.2
@@ -18,7 +28,7 @@ QUANTUM = 0.1
 @dataclass(eq=False)
 class _Ticket:
     who: object
-    urgent: bool
+    urgency: Urgency
     thread: int
     depth: int = 1
     paused: bool = False  # in the middle of its work
@@ -29,10 +39,10 @@ class _Ticket:
 class Turns:
     """A lock whose holders take turns: one forward of the model each.
 
-    Work is *urgent* when somebody waits for its next token. Urgent work goes first, and other work lets it in between
-    its steps (``pause``), so that a short question waits for one layer of another session's reading at most. That other
-    work gets ``CALM_SHARE`` of the time all the same, so that reading goes on while others talk. Among equals, who was
-    served longest ago is next. A thread that has the turn may take it again.
+    Work is *urgent* when somebody waits for its first or next token. Urgent work goes first, first tokens before next,
+    and other work lets it in between its steps (``pause``), so that a short question waits for one layer of another
+    session's reading at most. That other work gets ``CALM_SHARE`` of the time all the same, so that reading goes on
+    while others talk. Among equals, who was served longest ago is next. A thread that has the turn may take it again.
     """
 
     def __init__(self) -> None:
@@ -43,13 +53,13 @@ class Turns:
         self._owed = 0.0  # seconds of the turn, to work that is not urgent
 
     @contextmanager
-    def turn(self, who: object, *, urgent: bool = False) -> Iterator[None]:
+    def turn(self, who: object, *, urgency: Urgency = Urgency.NOBODY) -> Iterator[None]:
         """Wait for the turn and hold it.
 
         Args:
             who: whose work it is, such as a session's memory.
         """
-        self._take(who, urgent)
+        self._take(who, urgency)
         try:
             yield
         finally:
@@ -64,9 +74,9 @@ class Turns:
         """Within a turn that is not urgent: let urgent work go first. Whoever paused goes on before new work begins."""
         with self._mutex:
             mine = self._holder
-            if mine is None or mine.urgent or mine.thread != threading.get_ident():
+            if mine is None or mine.urgency or mine.thread != threading.get_ident():
                 return
-            if not any(ticket.urgent for ticket in self._waiting):
+            if not any(ticket.urgency for ticket in self._waiting):
                 return
             self._account(mine)
             if self._owed > 0:
@@ -77,13 +87,13 @@ class Turns:
             self._call_next()
         self._wait(mine)
 
-    def _take(self, who: object, urgent: bool) -> None:
+    def _take(self, who: object, urgency: Urgency) -> None:
         me = threading.get_ident()
         with self._mutex:
             if self._holder is not None and self._holder.thread == me:
                 self._holder.depth += 1
                 return
-            ticket = _Ticket(who, urgent, me)
+            ticket = _Ticket(who, urgency, me)
             self._waiting.append(ticket)
             if self._holder is None:
                 self._call_next()
@@ -126,12 +136,13 @@ class Turns:
         """Of the time that the holder of the turn had since it was last asked."""
         now = time.monotonic()
         seconds, ticket.since = now - ticket.since, now
-        if not ticket.urgent:
+        if not ticket.urgency:
             self._owed = max(0.0, self._owed - seconds)
-        elif any(not other.urgent for other in self._waiting):
+        elif any(not other.urgency for other in self._waiting):
             self._owed += seconds * CALM_SHARE / (1 - CALM_SHARE)
         else:
             self._owed = 0.0
 
-    def _rank(self, ticket: _Ticket, calm_first: bool) -> tuple[bool, bool, float]:
-        return ticket.urgent == calm_first, not ticket.paused, self._served.get(ticket.who, 0.0)
+    def _rank(self, ticket: _Ticket, calm_first: bool) -> tuple[int, bool, float]:
+        urgency = 3 if calm_first and not ticket.urgency else ticket.urgency
+        return -urgency, not ticket.paused, self._served.get(ticket.who, 0.0)

@@ -22,6 +22,7 @@ from infllm_agent.message_stream import MessageStream
 from infllm_agent.model import LocalModel
 from infllm_agent.records import Extent, Log, Message
 from infllm_agent.reply import Reply
+from infllm_agent.scheduler import Urgency
 from infllm_agent.store import SessionStore
 from infllm_agent.tailfile import read_tail, remove_other_tails, write_tail
 from infllm_agent.tools import ToolCall, ToolSpec
@@ -492,9 +493,7 @@ class Session:
             chunk = list(islice(self._pending, size))
             start = self.memory.length
             try:
-                # An answer that has more than one chunk still to read is no more urgent than other reading.
-                urgent = self._generating and left <= self.config.chunk_size
-                logits = self.model.forward(chunk, self.memory, urgent=urgent)
+                logits = self.model.forward(chunk, self.memory, urgency=self._urgency(left, before_answer))
             except BaseException:
                 # The past is untouched unless the chunk was being made part of it.
                 self._broken = self.memory.length != start
@@ -504,6 +503,13 @@ class Session:
                 self._pending.popleft()
             self._new_chunks.append((start, len(chunk)))
         return logits
+
+    def _urgency(self, left: int, before_answer: bool) -> Urgency:
+        """Of reading on, with so many tokens left. An answer that has more than one chunk still to read is no more
+        urgent than other reading."""
+        if not self._generating or left > self.config.chunk_size:
+            return Urgency.NOBODY
+        return Urgency.FIRST_TOKEN if before_answer else Urgency.NEXT_TOKEN
 
     def _disk_bytes(self, tail: str | None = None) -> int:
         """Bytes of the session's files; once other tails than the given one are gone."""

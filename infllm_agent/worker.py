@@ -25,7 +25,8 @@ class Worker:
     """Works through one session's inbox, in one thread.
 
     Messages are taken as soon as possible: into the log, and to disk, whereupon they are acknowledged; the model reads
-    them later, chunk by chunk, and between two chunks whatever has come is taken.
+    them later, chunk by chunk, and between two chunks whatever has come is taken. Only an answer that was asked for at
+    once goes before the disk.
 
     Args:
         stopping: whether to take what is queued, finish nothing else, and leave.
@@ -113,7 +114,7 @@ class Worker:
                     raise
                 post.fail(error)
             self.inbox.drop(post)
-        if self._taken:
+        if self._taken and not isinstance(self.inbox.head(), Answer):  # which is committed with what it answers
             self._commit()
 
     def _take_pieces(self, post: Post) -> bool:

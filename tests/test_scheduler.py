@@ -8,20 +8,20 @@ from collections.abc import Callable
 
 import pytest
 
-from infllm_agent.scheduler import Turns
+from infllm_agent.scheduler import Turns, Urgency
 
 
 class Memory:
     pass
 
 
-def queue_up(turns: Turns, work: list[tuple[str, object, bool]]) -> list[str]:
+def queue_up(turns: Turns, work: list[tuple[str, object, Urgency]]) -> list[str]:
     """The order in which threads get the turn that come one after the other while somebody has it."""
     order: list[str] = []
     threads = []
     with turns.turn(Memory()):
-        for name, who, urgent in work:
-            thread = threading.Thread(target=lambda *a: take(turns, order, *a), args=(name, who, urgent))
+        for name, who, urgency in work:
+            thread = threading.Thread(target=lambda *a: take(turns, order, *a), args=(name, who, urgency))
             thread.start()
             threads.append(thread)
             until(lambda: turns.waiting == len(threads))
@@ -30,8 +30,8 @@ def queue_up(turns: Turns, work: list[tuple[str, object, bool]]) -> list[str]:
     return order
 
 
-def take(turns: Turns, order: list[str], name: str, who: object, urgent: bool) -> None:
-    with turns.turn(who, urgent=urgent):
+def take(turns: Turns, order: list[str], name: str, who: object, urgency: Urgency) -> None:
+    with turns.turn(who, urgency=urgency):
         order.append(name)
 
 
@@ -43,8 +43,9 @@ def until(done: Callable[[], bool], seconds: float = 10) -> None:
 
 
 def test_urgent_work_goes_first() -> None:
-    a, b, c = Memory(), Memory(), Memory()
-    assert queue_up(Turns(), [("read a", a, False), ("read b", b, False), ("ask c", c, True)])[0] == "ask c"
+    work = [("read", Memory(), Urgency.NOBODY), ("next", Memory(), Urgency.NEXT_TOKEN)]
+    work += [("more", Memory(), Urgency.NOBODY), ("first", Memory(), Urgency.FIRST_TOKEN)]
+    assert queue_up(Turns(), work)[:2] == ["first", "next"]
 
 
 def test_who_was_served_longest_ago_is_next() -> None:
@@ -52,7 +53,11 @@ def test_who_was_served_longest_ago_is_next() -> None:
     for who in (b, c, a):
         with turns.turn(who):
             pass
-    assert queue_up(turns, [("a", a, False), ("c", c, False), ("b", b, False)]) == ["b", "c", "a"]
+    assert queue_up(turns, [("a", a, Urgency.NOBODY), ("c", c, Urgency.NOBODY), ("b", b, Urgency.NOBODY)]) == [
+        "b",
+        "c",
+        "a",
+    ]
 
 
 def test_reading_goes_on_while_others_talk() -> None:
@@ -64,7 +69,7 @@ def test_reading_goes_on_while_others_talk() -> None:
     def talk(who: object) -> None:
         nonlocal talked
         while not stop.is_set():
-            with turns.turn(who, urgent=True):
+            with turns.turn(who, urgency=Urgency.NEXT_TOKEN):
                 time.sleep(0.01)
                 talked += 0.01
 
@@ -97,8 +102,8 @@ def test_reading_goes_on_while_others_talk() -> None:
 def test_urgent_work_goes_between_the_steps_of_other_work() -> None:
     turns, order = Turns(), []
     with turns.turn(Memory()):
-        asking = threading.Thread(target=take, args=(turns, order, "asked", Memory(), True))
-        reading = threading.Thread(target=take, args=(turns, order, "read", Memory(), False))
+        asking = threading.Thread(target=take, args=(turns, order, "asked", Memory(), Urgency.FIRST_TOKEN))
+        reading = threading.Thread(target=take, args=(turns, order, "read", Memory(), Urgency.NOBODY))
         reading.start()
         asking.start()
         until(lambda: turns.waiting == 2)
@@ -108,7 +113,7 @@ def test_urgent_work_goes_between_the_steps_of_other_work() -> None:
     reading.join()
     asking.join()
     assert order == ["asked", "went on", "read"]
-    with turns.turn(Memory(), urgent=True):
+    with turns.turn(Memory(), urgency=Urgency.NEXT_TOKEN):
         turns.pause()  # nothing is more urgent
     turns.pause()  # and without a turn it does nothing
 
@@ -119,7 +124,7 @@ def test_one_at_a_time_and_again_in_the_same_thread() -> None:
     def work() -> None:
         nonlocal inside, most
         for _ in range(200):
-            with turns.turn(Memory(), urgent=True), turns.turn(Memory()):
+            with turns.turn(Memory(), urgency=Urgency.NEXT_TOKEN), turns.turn(Memory()):
                 inside += 1
                 most = max(most, inside)
                 inside -= 1
@@ -137,4 +142,4 @@ def test_a_failure_gives_the_turn_back() -> None:
     turns = Turns()
     with pytest.raises(RuntimeError, match="no"), turns.turn(Memory()):
         raise RuntimeError("no")
-    assert queue_up(turns, [("next", Memory(), False)]) == ["next"]
+    assert queue_up(turns, [("next", Memory(), Urgency.NOBODY)]) == ["next"]
