@@ -115,6 +115,7 @@ def mixed(runtime: AgentRuntime, options: argparse.Namespace) -> dict:
     print(f"idle: p50 {quantile(idle, 0.5):.2f} s, p95 {quantile(idle, 0.95):.2f} s", flush=True)
     stop = time.monotonic() + options.seconds
     busy: list[float] = []
+    half: list[int] = []  # how many of them in the first half
     memory: list[tuple[float, float, float]] = []
 
     def guarded(work, *arguments) -> None:
@@ -129,8 +130,7 @@ def mixed(runtime: AgentRuntime, options: argparse.Namespace) -> dict:
                 for line in log_lines(rng, rng.choice((60, 200, 600))):
                     sink.write(line)
                     if time.monotonic() > stop:
-                        break
-            sink.receipt.result()
+                        return
 
     def talk(live: LiveSession, rng: random.Random) -> None:
         number = 100
@@ -150,6 +150,8 @@ def mixed(runtime: AgentRuntime, options: argparse.Namespace) -> dict:
     while any(thread.is_alive() for thread in threads):
         time.sleep(5)
         index = sum(s.memory.index_bytes() for s in list(runtime._sessions.values())) / 1e6
+        if not half and time.monotonic() - began > options.seconds / 2:
+            half.append(len(busy))
         memory.append((round(time.monotonic() - began), round(anonymous_mb()), round(index)))
         if len(memory) % 12 == 0:
             print(f"{memory[-1]}, {len(busy)} answers, p95 {quantile(busy, 0.95):.2f} s", flush=True)
@@ -163,6 +165,7 @@ def mixed(runtime: AgentRuntime, options: argparse.Namespace) -> dict:
         "tokens": tokens,
         "idle_first_token_s": {"p50": round(quantile(idle, 0.5), 2), "p95": round(quantile(idle, 0.95), 2)},
         "busy_first_token_s": {"p50": round(quantile(busy, 0.5), 2), "p95": round(quantile(busy, 0.95), 2)},
+        "busy_p95_by_half_s": [round(quantile(part, 0.95), 2) for part in (busy[: half[0]], busy[half[0] :])],
         "p95_over_idle_p95": round(quantile(busy, 0.95) / quantile(idle, 0.95), 2),
         "p95_over_idle_p50": round(quantile(busy, 0.95) / quantile(idle, 0.5), 2),
         "anonymous_mb_without_index": {

@@ -181,7 +181,7 @@ class RuntimeConfig(Settings):
     )
     commit_s: float = Field(30.0, ge=0, description="a session that reads for long is committed so often")
     queued_chars: int = Field(
-        1_000_000, ge=1, description="text queued for a session, in characters, from which on its writers wait"
+        100_000, ge=1, description="text queued for a session, in characters, from which on its writers wait"
     )
     waiting_tokens: int = Field(
         16_384,
