@@ -106,7 +106,7 @@ def mixed(runtime: AgentRuntime, options: argparse.Namespace) -> dict:
 
     def question(live: LiveSession, number: int) -> float:
         live.append_user(f"Question {number}: which colour has the sky by day? One word.")
-        return first_token(live, 16)
+        return first_token(live, 8)
 
     for live in talkers:
         live.append_system("You answer in one word.")
@@ -226,7 +226,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=50_000, help="of the long tool output")
     parser.add_argument("--rounds", type=int, default=3, help="long outputs that are streamed")
     parser.add_argument("--seconds", type=float, default=600, help="of the mixed load")
-    parser.add_argument("--pause", type=float, default=8, help="mean seconds between a session's questions")
+    parser.add_argument("--pause", type=float, default=15, help="mean seconds between a session's questions")
     parser.add_argument("--sessions", type=int, default=300)
     parser.add_argument("--open-bytes", type=int, default=2 << 30)
     parser.add_argument("--json", type=Path)

@@ -64,7 +64,7 @@ def generate(session: Session, writer: Writer, prefix: str) -> Generator[str, No
             fed_before = session.memory.length
             # The last message and the request to answer go through the model as a chunk of their own: the lookup
             # is then asked by the question alone. What waits before it goes first.
-            session._feed(max(0, session._last_start - session.memory.length))
+            session._feed(max(0, session._last_start - session.memory.length), first=True)
             session._take(session.chat.generation_prompt() + session.chat.encoder.encode_text(prefix))
             session.memory.recorder = trace  # the first token of the answer is decided by the last of the question
             logits = session._feed(len(session._pending), before_answer=True)

@@ -484,8 +484,13 @@ class Session:
         self._last_start = start
         return message
 
-    def _feed(self, count: int, *, before_answer: bool = False) -> Tensor | None:
-        """Put the first ``count`` waiting tokens through the model, chunk by chunk; the logits after the last."""
+    def _feed(self, count: int, *, before_answer: bool = False, first: bool = False) -> Tensor | None:
+        """Put the first ``count`` waiting tokens through the model, chunk by chunk; the logits after the last.
+
+        Args:
+            before_answer: they are the last before an answer.
+            first: an answer's first token waits for them.
+        """
         logits, left = None, count
         for size in self.config.chunks(count, before_answer=before_answer):
             if count > 1 and self.cancelled():
@@ -493,7 +498,7 @@ class Session:
             chunk = list(islice(self._pending, size))
             start = self.memory.length
             try:
-                logits = self.model.forward(chunk, self.memory, urgency=self._urgency(left, before_answer))
+                logits = self.model.forward(chunk, self.memory, urgency=self._urgency(left, first or before_answer))
             except BaseException:
                 # The past is untouched unless the chunk was being made part of it.
                 self._broken = self.memory.length != start
@@ -504,12 +509,12 @@ class Session:
             self._new_chunks.append((start, len(chunk)))
         return logits
 
-    def _urgency(self, left: int, before_answer: bool) -> Urgency:
+    def _urgency(self, left: int, first: bool) -> Urgency:
         """Of reading on, with so many tokens left. An answer that has more than one chunk still to read is no more
         urgent than other reading."""
         if not self._generating or left > self.config.chunk_size:
             return Urgency.NOBODY
-        return Urgency.FIRST_TOKEN if before_answer else Urgency.NEXT_TOKEN
+        return Urgency.FIRST_TOKEN if first else Urgency.NEXT_TOKEN
 
     def _disk_bytes(self, tail: str | None = None) -> int:
         """Bytes of the session's files; once other tails than the given one are gone."""
