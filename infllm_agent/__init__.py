@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -34,6 +35,9 @@ _HOME = {
     "StopAgent": "functions",
     "Tool": "functions",
 }
+
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # silent, until somebody listens (``logs.setup``)
 
 
 def __getattr__(name: str) -> Any:

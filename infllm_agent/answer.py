@@ -120,6 +120,7 @@ def generate(session: Session, writer: Writer, prefix: str) -> Generator[str, No
             tool_calls=calls,
             invalid_calls=writer.invalid_calls,
         )
+        session.observer.answered(session.name, session.last_reply)
 
 
 def _constraint(

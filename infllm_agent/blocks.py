@@ -37,6 +37,7 @@ class BlockStore:
         self.folder: Path | None = None  # of the mapped files, for errors that name them
         self._unverified = np.zeros((0, shape.layers), dtype=np.bool_)  # of the mapped blocks, what is not checked yet
         self.mapped = 0  # blocks that lie in mapped files
+        self.mapped_reads = 0  # how often ``get`` found one there
         self.count = 0
 
     def add(self, count: int) -> int:
@@ -70,6 +71,7 @@ class BlockStore:
         """
         records, index = self._locate(block)
         self._verify(records, index, block, layer)
+        self.mapped_reads += block < self.mapped
         return records.kv[index, layer, 0], records.kv[index, layer, 1]
 
     def keys(self, blocks: Sequence[int], layer: int) -> Tensor:

@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from infllm_agent import logs
 from infllm_agent.catalog import Catalog
 from infllm_agent.cli_input import Interrupts, open_input, read_text, split_lines
-from infllm_agent.cli_options import AsJson, Memory, Role, RuntimeOptions, Sampling, SessionName
+from infllm_agent.cli_options import AsJson, Log, Memory, Role, RuntimeOptions, Sampling, SessionName
 from infllm_agent.cli_options import takes_options as options
 from infllm_agent.cli_output import DONE, Stopped, counted, note, print_json, progress, report, write_piece
 from infllm_agent.cli_sessions import app as sessions
@@ -93,8 +94,10 @@ def _common(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
+    log: Log = None,
 ) -> None:
-    pass
+    if log is not None:
+        logs.setup(log)
 
 
 @app.command()

@@ -17,11 +17,17 @@ import typer
 from pydantic.fields import FieldInfo
 
 from infllm_agent.config import MemoryConfig, SamplingConfig, Settings, default_root
+from infllm_agent.logs import LogFormat
 
 Role = Literal["system", "user", "assistant", "observation", "tool"]  # chat.Role, which would load transformers
 
 SessionName = Annotated[str, typer.Argument(metavar="SESSION", help="The session's name.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value on stdout, and nothing else.")]
+
+Log = Annotated[
+    LogFormat | None,
+    typer.Option("--log", envvar="INFLLM_LOG", help="Log to stderr what happens, without texts.", show_default=False),
+]
 
 
 def _expanded(path: Path) -> Path:

@@ -188,6 +188,9 @@ class RuntimeConfig(Settings):
         ge=1,
         description="tokens of a session waiting for the model, from which on its queue waits too",
     )
+    metrics: bool = Field(
+        False, description='count what all sessions do, for Prometheus: `pip install "infllm-agent[metrics]"`'
+    )
 
 
 class SamplingConfig(Settings):

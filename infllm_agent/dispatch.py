@@ -7,11 +7,13 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from infllm_agent.config import RuntimeConfig
 from infllm_agent.errors import BudgetExceeded, Stopped
 from infllm_agent.inbox import Inbox
+from infllm_agent.logs import event
+from infllm_agent.observer import Observer
 from infllm_agent.session import Session
 from infllm_agent.worker import Worker
 
@@ -20,6 +22,8 @@ log = logging.getLogger(__name__)
 
 class OpenSessions(Protocol):
     """What is open, and how to open and close; ``AgentRuntime`` is one."""
+
+    observer: Observer
 
     def open_idle(self, name: str) -> Session:
         """The session, open for as long as it has something to do."""
@@ -38,6 +42,14 @@ class OpenSessions(Protocol):
 
     def drop(self, name: str) -> None:
         """Close without a commit."""
+
+
+class Backlog(NamedTuple):
+    """Sessions that are worked on; messages and requests queued, and their text."""
+
+    running: int
+    items: int
+    chars: int
 
 
 class Dispatcher:
@@ -79,6 +91,11 @@ class Dispatcher:
         """How many messages and requests each session has queued, where there are any."""
         with self._changed:
             return {name: len(inbox) for name, inbox in self._inboxes.items() if len(inbox)}
+
+    def backlog(self) -> Backlog:
+        """What there is to do. Takes no lock, so that it can be asked at any time."""
+        inboxes = list(self._inboxes.values())
+        return Backlog(len(self._running), sum(map(len, inboxes)), sum(inbox.chars for inbox in inboxes))
 
     def while_quiet(self, name: str, act: Callable[[], None]) -> None:
         """Let a worker that is at the session take what is queued and leave; then do it, before one comes again."""
@@ -137,7 +154,7 @@ class Dispatcher:
             )
             unfinished = worker.work()
         except BaseException as error:
-            log.error('session "%s": %s', name, error, exc_info=error)
+            self._tell('session "%(session)s" is given up: %(reason)s', name, error)
             self._give_up(name, inbox, worker, error)
         finally:
             with self._changed:
@@ -151,7 +168,7 @@ class Dispatcher:
         try:
             self.sessions.drop(name)
         except Exception as another:
-            log.error('session "%s": %s', name, another, exc_info=another)
+            self._tell('session "%(session)s" could not be dropped: %(reason)s', name, another)
         inbox.fail_all(error)
         if worker is not None:
             worker.fail_taken(error)
@@ -182,13 +199,17 @@ class Dispatcher:
                 return False
             else:
                 self._ready.remove(name)
-                self._inboxes[name].fail_all(
-                    BudgetExceeded(
-                        f'session "{name}" and those that were opened directly need {size:,} bytes, and open_bytes is '
-                        f"{ceiling:,}: release some, or raise it"
-                    )
+                full = BudgetExceeded(
+                    f'session "{name}" and those that were opened directly need {size:,} bytes, and open_bytes is '
+                    f"{ceiling:,}: release some, or raise it"
                 )
+                self.sessions.observer.failed(name, full)
+                self._inboxes[name].fail_all(full)
                 return False
+
+    def _tell(self, said: str, name: str, error: BaseException) -> None:
+        self.sessions.observer.failed(name, error)
+        event(log, logging.ERROR, "gave_up", said, error, session=name, error=type(error).__name__, reason=str(error))
 
     def _close_idle(self) -> None:
         while True:
@@ -204,7 +225,7 @@ class Dispatcher:
                         try:
                             self.sessions.close_idle(name)
                         except Exception as error:
-                            log.error('session "%s" could not be closed: %s', name, error, exc_info=error)
+                            self._tell('session "%(session)s" could not be closed: %(reason)s', name, error)
 
 
 def _stopped() -> Stopped:

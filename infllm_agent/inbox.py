@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
@@ -56,6 +57,7 @@ class Answer:
 
     def __init__(self, options: dict[str, Any]) -> None:
         self.options = options
+        self.asked = time.perf_counter()
         self.cancelled = False
         self._mutex = threading.RLock()
         self._pieces: deque[str] = deque()

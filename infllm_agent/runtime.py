@@ -7,7 +7,7 @@ import threading
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from contextlib import aclosing
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from infllm_agent.agent import arun_agent, astream_agent, run_agent, stream_agent
 from infllm_agent.agent_events import AgentEvent, AgentRun
@@ -19,9 +19,13 @@ from infllm_agent.errors import ConfigError
 from infllm_agent.fingerprint import check_fingerprint, fingerprint
 from infllm_agent.live import LiveSession
 from infllm_agent.model import LocalModel
+from infllm_agent.observer import Load, Observer
 from infllm_agent.session import Session
 from infllm_agent.store import SessionStore
 from infllm_agent.worker import UNCOMMITTED_BLOCKS
+
+if TYPE_CHECKING:
+    from infllm_agent.metrics import Metrics
 
 
 class AgentRuntime:
@@ -32,6 +36,9 @@ class AgentRuntime:
 
     Sessions stay open until ``close``, which commits them. Several threads may use one runtime; each session is
     worked on by one thread at a time.
+
+    Attributes:
+        metrics: what all its sessions do, counted; None unless ``RuntimeConfig(metrics=True)``.
     """
 
     def __init__(
@@ -46,7 +53,10 @@ class AgentRuntime:
         Args:
             memory: for new sessions, and required of old ones; None takes the default for new sessions and what each
                 old one was made with.
-            config: what live sessions are allowed.
+            config: what live sessions are allowed; whether there are metrics.
+
+        Raises:
+            ConfigError.
         """
         self.root = root
         self.model = model
@@ -59,6 +69,8 @@ class AgentRuntime:
         self._held: set[str] = set()  # handed out by ``session`` and ``fork``: they stay open until released
         self._lock = threading.RLock()
         self._working_size: int | None = None
+        self.metrics = _metrics(self.load) if self.config.metrics else None
+        self.observer: Observer = self.metrics or Observer()
         self._dispatcher = Dispatcher(self, self.config)
         ceiling = self.config.open_bytes
         if ceiling is not None and ceiling < self.working_size():
@@ -200,6 +212,17 @@ class AgentRuntime:
         """All sessions under the root, by name, as of their last commits."""
         return Catalog(self.root).list()
 
+    def load(self) -> Load:
+        """What is open, and to be done, right now. Waits for nothing: it may be asked at any time."""
+        memories = [session.memory for session in list(self._sessions.values()) if not session.closed]
+        running, items, chars = self._dispatcher.backlog()
+        tiers = {
+            "device": sum(memory.device_bytes() + memory.index_bytes() for memory in memories),
+            "host": sum(memory.store.host_bytes() for memory in memories),
+            "disk": sum(memory.store.mapped * memory.store.shape.stride for memory in memories),
+        }
+        return Load(len(memories), running, items, chars, self.model.turns.waiting, tiers)
+
     def delete(self, name: str) -> None:
         """Delete a session with everything that belongs to it.
 
@@ -224,6 +247,8 @@ class AgentRuntime:
                     self._release(name)
                 except Exception as error:
                     failure = failure or error
+        if self.metrics is not None:
+            self.metrics.close()
         if failure is not None:
             raise failure
 
@@ -284,13 +309,16 @@ class AgentRuntime:
                 return session
             self.drop(name)  # with it its memory
         config = self.memory or self.model.default_memory()
-        store = SessionStore.open_or_create(self.root, name, fingerprint(self.model, self.chat, config))
-        try:
-            config = self.check(name, store.fingerprint)
-            session = Session(self.model, self.chat, config, store, resume_message=resume_message)
-        except BaseException:
-            store.close()
-            raise
+        with self.observer.watching(name):
+            store = SessionStore.open_or_create(self.root, name, fingerprint(self.model, self.chat, config))
+            try:
+                config = self.check(name, store.fingerprint)
+                session = Session(
+                    self.model, self.chat, config, store, resume_message=resume_message, observer=self.observer
+                )
+            except BaseException:
+                store.close()
+                raise
         self._sessions[name] = session
         return session
 
@@ -305,3 +333,9 @@ class AgentRuntime:
         with self._lock:
             self.drop(name)
             Catalog(self.root).delete(name)
+
+
+def _metrics(load: Callable[[], Load]) -> Metrics:
+    from infllm_agent.metrics import Metrics  # which needs what may not be installed
+
+    return Metrics(load)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from itertools import islice
@@ -20,6 +21,7 @@ from infllm_agent.fork import check_messages, replay, write_fork
 from infllm_agent.memory import ContextMemory
 from infllm_agent.message_stream import MessageStream
 from infllm_agent.model import LocalModel
+from infllm_agent.observer import Observer
 from infllm_agent.records import Extent, Log, Message
 from infllm_agent.reply import Reply
 from infllm_agent.scheduler import Urgency
@@ -39,6 +41,7 @@ class Session:
             ``reply`` do it.
         cancelled: asked between chunks and tokens; when it returns True, the work stops with ``Cancelled``.
         last_reply: the latest answer, since the session was opened.
+        observer: told of what happens; the runtime's.
         read_again: tokens that went through the model when the session was made, because its source could not go back.
     """
 
@@ -51,12 +54,14 @@ class Session:
         memory: ContextMemory | None = None,
         *,
         resume_message: bool = False,
+        observer: Observer | None = None,
     ) -> None:
         """
         Args:
             memory: that of the last commit, where it is at hand; None loads it.
             resume_message: a message that was arriving at the last commit is open again (``open_message``); otherwise
                 it ends with what had arrived.
+            observer: told of what happens; None: the log only.
         """
         self.model = model
         self.chat = chat
@@ -66,10 +71,12 @@ class Session:
         self.eager = True
         self.last_reply: Reply | None = None
         self.read_again = 0
+        self.observer = observer or Observer()
         self._lock = threading.RLock()
         self._stream: MessageStream | None = None
         self._broken = False
         self._load(memory, resume_message=resume_message)
+        self.observer.opened(self.name, self.message_count, self.token_count)
 
     # -- what is stored --------------------------------------------------------------------------------------------
 
@@ -292,7 +299,8 @@ class Session:
             SessionBusy: a reply is being generated.
             StorageError: the disk is full or cannot be written; the generation before is still whole.
         """
-        with self._working(), storage_errors(self.store.folder):
+        with self._working(), self.observer.watching(self.name), storage_errors(self.store.folder):
+            began = time.perf_counter()
             self._not_generating()
             if not self._new_ids and not self._new_chunks and self._stream is None and self.store.generation:
                 return self.store.generation
@@ -315,6 +323,7 @@ class Session:
             remove_other_tails(self.store.folder, keep=state["tail"])
             self.memory.store.release_written(self.store.folder)
             self._committed_now()
+            self.observer.committed(self.name, generation, self.token_count, time.perf_counter() - began)
             return generation
 
     def rollback(self) -> None:
@@ -365,11 +374,12 @@ class Session:
         )
         try:
             memory.store.folder = store.folder
-            fork = Session(self.model, self.chat, self.config, store, memory)
+            fork = Session(self.model, self.chat, self.config, store, memory, observer=self.observer)
         except BaseException:
             store.close()
             raise
         fork.read_again = read_again
+        self.observer.forked(name, self.name, read_again)
         return fork
 
     @property
@@ -399,6 +409,8 @@ class Session:
         """Release the session without committing; more than once does no harm."""
         with self._lock:
             self.store.close()
+            if not self._broken:
+                self.observer.closed(self.name)
             self._broken = True
 
     def __enter__(self) -> Session:
@@ -482,6 +494,7 @@ class Session:
         self._new_messages.append(message)
         self._tools = tools or self._tools
         self._last_start = start
+        self.observer.message(self.name, message)
         return message
 
     def _feed(self, count: int, *, before_answer: bool = False, first: bool = False) -> Tensor | None:
@@ -498,10 +511,13 @@ class Session:
             chunk = list(islice(self._pending, size))
             start = self.memory.length
             try:
-                logits = self.model.forward(chunk, self.memory, urgency=self._urgency(left, first or before_answer))
-            except BaseException:
+                urgency = self._urgency(left, first or before_answer)
+                with self.observer.reading(self.memory, len(chunk)):
+                    logits = self.model.forward(chunk, self.memory, urgency=urgency)
+            except BaseException as error:
                 # The past is untouched unless the chunk was being made part of it.
                 self._broken = self.memory.length != start
+                self.observer.failed(self.name, error)
                 raise
             left -= size
             for _ in chunk:

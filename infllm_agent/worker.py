@@ -110,6 +110,7 @@ class Worker:
                     )
                     self._taken.append((post.receipt, message))
             except (InfLLMError, ValueError) as error:  # of this message: a role or a name that there is not
+                session.observer.failed(session.name, error)
                 if session.closed:
                     raise
                 post.fail(error)
@@ -134,6 +135,7 @@ class Worker:
     def _answer(self, answer: Answer) -> None:
         session = self.session
         session.cancelled = lambda: answer.cancelled or self.stopping()
+        session.observer.answer_begins(time.perf_counter() - answer.asked)
         try:
             with closing(session.stream_reply(**answer.options)) as pieces:
                 for piece in pieces:
@@ -144,6 +146,7 @@ class Worker:
         except Exception as error:
             if self.stopping() and isinstance(error, Cancelled):
                 error = Stopped(f'session "{session.name}": the runtime stopped before there was an answer')
+            session.observer.failed(session.name, error)
             answer.fail(error)
             if session.closed or isinstance(error, StorageError):
                 raise

@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "infllm_agent"
 
 LAYERS = [
-    ["errors", "config", "tools", "threads", "signals"],
+    ["errors", "config", "tools", "threads", "signals", "logs"],
     ["kernels"],
     ["blockfile", "blocks", "index", "state", "window"],
     ["layers", "memory"],
@@ -32,7 +32,7 @@ LAYERS = [
         "reply",
         "fingerprint",
     ],
-    ["answer", "message_stream", "session"],
+    ["observer", "metrics", "answer", "message_stream", "session"],
     ["inbox", "worker", "dispatch", "live"],
     ["functions", "toolrun", "agent_events", "agent"],
     ["runtime"],
