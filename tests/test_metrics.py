@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 import threading
 import urllib.error
@@ -29,6 +30,7 @@ SMALL = MemoryConfig(
 )
 SECRET = "xylophone"
 LOG = "".join(f"line {n}: the tool printed error {n * 7 % 13} {SECRET}\n" for n in range(20))
+GUIDE = Path(__file__).parent.parent / "docs" / "runtime.md"
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -258,6 +260,15 @@ def test_without_the_library_the_error_names_the_extra(
     with pytest.raises(ConfigError, match=r'pip install "infllm-agent\[metrics\]"'):
         make()
     make(metrics=False).session("ops").append_user("works without")
+
+
+def test_the_guide_names_every_metric(make: Callable[..., AgentRuntime]) -> None:
+    runtime = make()
+    assert runtime.metrics is not None
+    families = [family for family in runtime.metrics.registry.collect() if family.name.startswith("infllm_")]
+    known = {f"{family.name}_total" if family.type == "counter" else family.name for family in families}
+    rows = [line for line in GUIDE.read_text("utf-8").splitlines() if line.startswith("| `infllm_")]
+    assert set(re.findall(r"`(infllm_\w+)", "".join(row.split("|")[1] for row in rows))) == known
 
 
 # -- logs ------------------------------------------------------------------------------------------------------------
