@@ -37,6 +37,9 @@ class OpenSessions(Protocol):
     def working_size(self) -> int:
         """Most bytes of the memory of a session that is new, while it is worked on."""
 
+    def commit_idle(self, name: str) -> None:
+        """Commit: what has arrived of a message lasts."""
+
     def close_idle(self, name: str) -> None:
         """Commit and close; a message that is arriving goes on when the session is opened again."""
 
@@ -83,7 +86,7 @@ class Dispatcher:
                 if self._stopping:
                     self._inboxes[name].refuse(_stopped())
             if self._keeper is None:
-                self._keeper = threading.Thread(target=self._close_idle, name="infllm-keeper", daemon=True)
+                self._keeper = threading.Thread(target=self._keep, name="infllm-keeper", daemon=True)
                 self._keeper.start()
             return self._inboxes[name]
 
@@ -211,21 +214,25 @@ class Dispatcher:
         self.sessions.observer.failed(name, error)
         event(log, logging.ERROR, "gave_up", said, error, session=name, error=type(error).__name__, reason=str(error))
 
-    def _close_idle(self) -> None:
+    def _keep(self) -> None:
+        """Close sessions that are idle for long; commit those in which a message arrives, but slowly."""
         while True:
             with self._changed:
                 if self._stopping:
                     return
-                self._changed.wait(max(0.05, min(self.config.idle_s / 4, 60.0)))
+                self._changed.wait(max(0.05, min(self.config.idle_s / 4, self.config.commit_s, 60.0)))
                 now = time.monotonic()
                 for name in self.sessions.open_sizes():
                     if name in self._running or name in self._ready or not self.sessions.may_close(name):
                         continue
-                    if now - self._used.setdefault(name, now) >= self.config.idle_s:
-                        try:
+                    idle = now - self._used.setdefault(name, now)
+                    try:
+                        if idle >= self.config.idle_s:
                             self.sessions.close_idle(name)
-                        except Exception as error:
-                            self._tell('session "%(session)s" could not be closed: %(reason)s', name, error)
+                        elif idle >= self.config.commit_s and name in self._inboxes and len(self._inboxes[name]):
+                            self.sessions.commit_idle(name)
+                    except Exception as error:
+                        log.error('session "%s" could not be committed: %s', name, error, exc_info=error)
 
 
 def _stopped() -> Stopped:

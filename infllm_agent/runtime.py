@@ -274,6 +274,11 @@ class AgentRuntime:
         with self._lock:
             return self._open(name, resume_message=True)
 
+    def commit_idle(self, name: str) -> None:
+        with self._lock:
+            if (session := self._sessions.get(name)) is not None and not session.closed:
+                session.commit()
+
     def close_idle(self, name: str) -> None:
         with self._lock:
             if (session := self._sessions.pop(name, None)) is not None and not session.closed:

@@ -21,8 +21,8 @@ class Urgency(IntEnum):
 
 #: Of the time, what goes to work that nobody waits for while urgent work waits all the time.
 CALM_SHARE = 0.2
-#: Seconds that such work has to be owed before it goes first.
-QUANTUM = 0.1
+#: Seconds that such work has to be owed before it goes before next tokens, and before first tokens.
+QUANTUM, LONG = 0.1, 2.0
 
 
 @dataclass(eq=False)
@@ -125,8 +125,7 @@ class Turns:
         self._holder = None
         if not self._waiting:
             return
-        calm_first = self._owed > QUANTUM
-        ticket = min(self._waiting, key=lambda ticket: self._rank(ticket, calm_first))
+        ticket = min(self._waiting, key=self._rank)
         self._waiting.remove(ticket)
         self._holder = ticket
         ticket.since = self._served[ticket.who] = time.monotonic()
@@ -143,6 +142,8 @@ class Turns:
         else:
             self._owed = 0.0
 
-    def _rank(self, ticket: _Ticket, calm_first: bool) -> tuple[int, bool, float]:
-        urgency = 3 if calm_first and not ticket.urgency else ticket.urgency
+    def _rank(self, ticket: _Ticket) -> tuple[float, bool, float]:
+        urgency: float = ticket.urgency
+        if not urgency and self._owed > QUANTUM:
+            urgency = 1.5 if self._owed < LONG else 2.5
         return -urgency, not ticket.paused, self._served.get(ticket.who, 0.0)

@@ -244,6 +244,19 @@ def test_an_idle_session_is_closed_and_its_message_goes_on(make: Callable[..., A
     other.close()
 
 
+def test_a_message_that_arrives_slowly_is_on_disk_meanwhile(make: Callable[..., AgentRuntime], tmp_path: Path) -> None:
+    live = make(commit_s=0.1).live("ops")
+    with live.stream_tool_result("slow") as sink:
+        sink.write("the first part and ")
+
+        def on_disk() -> bool:
+            with SessionStore.open(tmp_path / "root", "ops", readonly=True) as store:
+                return (store.state or {}).get("arriving", {}).get("text") == "the first part and "
+
+        until(lambda: live._inbox.chars == 0)
+        until(on_disk)
+
+
 def test_what_arrived_of_a_message_outlives_its_process(tiny_model: LocalModel, tmp_path: Path) -> None:
     with AgentRuntime(tmp_path / "root", tiny_model, SMALL) as runtime:
         session = runtime.session("ops")
