@@ -46,7 +46,7 @@ class AgentRuntime:
         Args:
             memory: for new sessions, and required of old ones; None takes the default for new sessions and what each
                 old one was made with.
-            config: what live sessions are allowed.
+            config: what live sessions are allowed; what is recorded of answers.
         """
         self.root = root
         self.model = model
@@ -288,6 +288,7 @@ class AgentRuntime:
         try:
             config = self.check(name, store.fingerprint)
             session = Session(self.model, self.chat, config, store, resume_message=resume_message)
+            session.trace = self.config.trace
         except BaseException:
             store.close()
             raise
