@@ -11,6 +11,8 @@ from infllm_agent.chat import ChatFormat
 from infllm_agent.config import SamplingConfig
 from infllm_agent.errors import Cancelled, ConfigError
 from infllm_agent.grammar import Constraint
+from infllm_agent.recorder import TraceRecorder
+from infllm_agent.records import Message
 from infllm_agent.reply import Reply, Usage
 from infllm_agent.toolformat import short_id
 from infllm_agent.tools import ToolCall, ToolSpec
@@ -19,9 +21,6 @@ from infllm_agent.writer import Writer
 
 if TYPE_CHECKING:
     from infllm_agent.session import Session
-
-#: How many tokens of an answer its trace looks at.
-TRACE_TOKENS = 16
 
 
 def writer_for(
@@ -58,7 +57,7 @@ def generate(session: Session, writer: Writer, prefix: str) -> Generator[str, No
         session._generating = True
     began, written = time.perf_counter(), time.time()
     start = session.token_count
-    trace = Trace(session.config.n_init, session.config.block_size)
+    recorder = _Recording(session)
     try:
         with session._working():
             fed_before = session.memory.length
@@ -66,7 +65,7 @@ def generate(session: Session, writer: Writer, prefix: str) -> Generator[str, No
             # is then asked by the question alone. What waits before it goes first.
             session._feed(max(0, session._last_start - session.memory.length), first=True)
             session._take(session.chat.generation_prompt() + session.chat.encoder.encode_text(prefix))
-            session.memory.recorder = trace  # the first token of the answer is decided by the last of the question
+            recorder.attend(0)  # the answer's first token is decided by the question's last
             logits = session._feed(len(session._pending), before_answer=True)
     except BaseException:
         session.memory.recorder = None
@@ -92,7 +91,7 @@ def generate(session: Session, writer: Writer, prefix: str) -> Generator[str, No
             if writer.finish_reason or session.cancelled():
                 break
             with session._working():
-                session.memory.recorder = trace if len(writer.generated) < TRACE_TOKENS else None
+                recorder.attend(len(writer.generated))
                 try:
                     logits = session._feed(len(tokens))
                 except Cancelled:  # between chunks of forced tokens
@@ -109,6 +108,9 @@ def generate(session: Session, writer: Writer, prefix: str) -> Generator[str, No
         session._take(session.chat.after_stop(writer.generated[-1]) if ended else session.chat.close("assistant"))
         calls = _with_ids(session, writer.calls)
         message = session._record("assistant", writer.text, start, written, None, None, calls)
+        trace = recorder.trace(message)
+        if trace.queries:
+            session._new_traces.append(trace)
         session.last_reply = Reply(
             text=message.text,
             usage=Usage(input_tokens, prefilled, input_tokens - prefilled, len(writer.generated)),
@@ -121,6 +123,28 @@ def generate(session: Session, writer: Writer, prefix: str) -> Generator[str, No
             invalid_calls=writer.invalid_calls,
         )
         session.observer.answered(session.name, session.last_reply)
+
+
+class _Recording:
+    """What an answer attends to, for the tokens that the session traces."""
+
+    def __init__(self, session: Session) -> None:
+        memory, config = session.memory, session.config
+        self._session = session
+        self._recorder = TraceRecorder(list(memory.layers), block_size=config.block_size, mode=session.trace)
+        self._counters = memory.cache_counters()
+        self._question_start = session._last_start
+
+    def attend(self, token: int) -> None:
+        """What is fed next decides the answer's token of that number."""
+        self._session.memory.recorder = self._recorder if self._recorder.traces(token) else None
+
+    def trace(self, answer: Message) -> Trace:
+        memory = self._session.memory
+        hits, misses = (now - before for now, before in zip(memory.cache_counters(), self._counters, strict=True))
+        return self._recorder.trace(
+            answer.index, answer.index - 1, self._question_start, n_sinks=memory.n_sinks, hits=hits, misses=misses
+        )
 
 
 def _constraint(

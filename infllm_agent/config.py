@@ -14,6 +14,10 @@ BlockKey = Literal["representatives", "mean"]
 Lookup = Literal["similarity", "votes"]
 Positions = Literal["one_angle", "contiguous"]
 
+#: Of which tokens a session records what they attended to: none; those of the question, the first of the answer and
+#: some later ones; all of the answer. No part of a session's fingerprint, because it changes no result.
+TraceMode = Literal["off", "sampled", "on"]
+
 
 def default_root() -> Path:
     """Where sessions are kept unless told otherwise: ``$INFLLM_ROOT``, else a folder of the user's."""
@@ -164,8 +168,16 @@ def _parts(n: int, size: int) -> list[int]:
 
 
 class RuntimeConfig(Settings):
-    """What an ``AgentRuntime`` allows its live sessions, in seconds, tokens and bytes."""
+    """What an ``AgentRuntime`` allows its live sessions, in seconds, tokens and bytes; what it records of all of them.
 
+    None of it changes a result: a session opens under any of these settings.
+    """
+
+    trace: TraceMode = Field(
+        "sampled",
+        description="of which tokens it is kept what they attended to: off; sampled, those of the question, the first "
+        "16 of an answer and every 16th after them, in every second layer in turn; on, all of them",
+    )
     open_bytes: int | None = Field(
         None,
         ge=0,

@@ -83,6 +83,15 @@ def _session_002(db: Database) -> None:
     db.execute("CREATE INDEX messages_tools ON messages (position) WHERE tools IS NOT NULL")
 
 
+@SESSION_SCHEMA(name="003_traces")
+def _session_003(db: Database) -> None:
+    # what the answer at that position attended to: its figures as JSON, its arrays as little-endian bytes
+    db.execute(
+        """CREATE TABLE traces (
+            position INTEGER PRIMARY KEY, head TEXT NOT NULL, arrays BLOB NOT NULL, crc INTEGER NOT NULL)"""
+    )
+
+
 @CATALOG_SCHEMA(name="001_catalog")
 def _catalog_001(db: Database) -> None:
     db.execute(
@@ -93,8 +102,8 @@ def _catalog_001(db: Database) -> None:
     )
 
 
-#: Migrations that only add columns: whoever just reads can do without them.
-ADDITIONS = frozenset({"002_tools"})
+#: Migrations that only add columns and tables: whoever just reads can do without them.
+ADDITIONS = frozenset({"002_tools", "003_traces"})
 
 
 @contextmanager

@@ -33,13 +33,23 @@ from infllm_agent.window import Window
 
 
 class Recorder(Protocol):
-    """Told, for the last query of a chunk, how much attention each key got (averaged over heads)."""
+    """Told what the last query of a chunk makes of each key, in the layers where it wants to know.
 
-    def far(self, layer: int, sinks: Tensor, blocks: Sequence[int], shares: Tensor) -> None:
-        """``sinks`` (n_init,) and ``shares`` (len(blocks), block_size): shares of the layer's attention."""
+    Layers are given by their index among those that have blocks, and come in their order.
+    """
 
-    def near(self, layer: int, first_token: int, shares: Tensor) -> None:
-        """``shares`` (n,) of the tokens from number ``first_token`` of the session on."""
+    def wants(self, layer: int) -> bool:
+        """Whether to be told of that layer; asked of each."""
+
+    def record(
+        self, layer: int, n_sinks: int, blocks: Sequence[int], first_token: int, logits: Sequence[Tensor]
+    ) -> None:
+        """One layer.
+
+        Args:
+            logits: float32 (q_heads, m) parts of one row of keys: the sinks, the looked-up ``blocks`` in their order,
+                and the tokens from number ``first_token`` of the session on. Their softmax is the attention.
+        """
 
 
 class MemoryLayer:
@@ -174,14 +184,10 @@ class MemoryLayer:
             own_k, own_v = window.k_rotated[:, window.stop : end], window.v[:, window.stop : end]
             parts.append(attend(q_near, own_k, own_v, scale=scale, softcap=softcap, causal=True))
         merged = merge(parts)
-        if recorder is not None:
-            lse = merged.lse[:, -1:]
-            if n_far:
-                shares = _shares(q_far[:, -1:], far_k, lse, scale, softcap)
-                blocks = shares[self.n_sinks :].view(-1, self.config.block_size)
-                recorder.far(self.index, shares[: self.n_sinks], self.selected, blocks)
-            near = _shares(q_near[:, -1:], window.k_rotated[:, window.start : end], lse, scale, softcap)
-            recorder.near(self.index, first_token, near)
+        if recorder is not None and recorder.wants(self.index):
+            logits = [_logits(q_far[:, -1:], far_k, scale, softcap)] if n_far else []
+            logits.append(_logits(q_near[:, -1:], window.k_rotated[:, window.start : end], scale, softcap))
+            recorder.record(self.index, self.n_sinks, self.selected, first_token, logits)
         return merged.out
 
     def _rotated_far(self, q: Tensor) -> tuple[Tensor, Tensor]:
@@ -400,9 +406,8 @@ class ContextMemory:
         return sum(c.hits for c in counters), sum(c.misses for c in counters)
 
 
-def _shares(q: Tensor, k: Tensor, lse: Tensor, scale: float, softcap: float | None) -> Tensor:
-    """Attention of one query (q_heads, 1, head_dim) to each key, (m,), averaged over heads, given its total lse."""
-    logits = (q.view(k.shape[0], -1, q.shape[-1]) @ k.transpose(1, 2)).float() * scale
-    if softcap is not None:
-        logits = torch.tanh(logits / softcap) * softcap
-    return (logits - lse.view(k.shape[0], -1, 1)).exp_().mean(dim=(0, 1))
+def _logits(q: Tensor, k: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """What one query (q_heads, 1, head_dim) makes of each key before the softmax: (q_heads, m)."""
+    # In float32: for so few queries no slower than half precision, and exact enough for shares that sum to 1.
+    logits = (q.float().view(k.shape[0], -1, q.shape[-1]) @ k.float().transpose(1, 2)).flatten(0, 1) * scale
+    return logits if softcap is None else torch.tanh(logits / softcap) * softcap

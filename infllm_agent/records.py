@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from infllm_agent.tools import ToolCall, ToolSpec, calls_from_json, calls_json, tools_from_json, tools_json
+from infllm_agent.trace import Trace
 
 TOKENS_PER_ROW = 1 << 16  # keeps a slice of a long log cheap to read
 MESSAGE_COLUMNS = "position, role, name, call_id, text, time, start, stop, calls, tools, crc"
@@ -46,11 +47,13 @@ class Message:
 
 
 class Log(NamedTuple):
-    """A stretch of a session's record: what one commit appends. Chunks are (start, length)."""
+    """A stretch of a session's record: what one commit appends. Chunks are (start, length); traces are of answers
+    among the messages."""
 
     messages: Sequence[Message] = ()
     token_ids: Sequence[int] = ()
     chunks: Sequence[tuple[int, int]] = ()
+    traces: Sequence[Trace] = ()
 
 
 class Extent(NamedTuple):
@@ -143,6 +146,10 @@ def append_rows(conn: sqlite3.Connection, last: Generation, log: Log) -> Generat
         [(*run, checksum(*run)) for run in runs],
     )
     messages = last.messages + len(log.messages)
+    conn.executemany(
+        "INSERT INTO traces (position, head, arrays, crc) VALUES (?, ?, ?, ?)",
+        [trace_row(trace, last.messages, messages) for trace in log.traces],
+    )
     return last._replace(messages=messages, tokens=tokens, message_end=message_end, chunk_end=chunk_end)
 
 
@@ -165,6 +172,7 @@ def copy_rows(conn: sqlite3.Connection, kept: Extent) -> Generation:
         "INSERT INTO chunks SELECT * FROM source.chunks WHERE start + length * count <= ? ORDER BY start",
         (kept.chunk_end,),
     )
+    conn.execute("INSERT INTO traces SELECT * FROM source.traces WHERE position < ?", (kept.messages,))
     messages, message_end = conn.execute("SELECT count(*), coalesce(max(stop), 0) FROM messages").fetchone()
     expect(messages == kept.messages, "some messages are missing")
     (tokens,) = conn.execute("SELECT coalesce(max(start + length(ids) / 4), 0) FROM tokens").fetchone()
@@ -221,6 +229,30 @@ def as_messages(rows: Iterable[tuple[Any, ...]]) -> list[Message]:
 def _message_checksum(*fields: object) -> int:
     """Without tools and calls, the checksum from the time when messages had none."""
     return checksum(*(fields[:-2] if fields[-2:] == (None, None) else fields))
+
+
+def trace_row(trace: Trace, first: int, stop: int) -> tuple[Any, ...]:
+    """A trace as (position, head, arrays, crc). Raises ValueError unless its answer is among messages first..stop."""
+    if not first <= trace.answer < stop:
+        raise ValueError(f"a trace of message {trace.answer}: the messages of this commit are {first} to {stop - 1}")
+    head, arrays = trace.pack()
+    return trace.answer, head, arrays, _trace_checksum(trace.answer, head, arrays)
+
+
+def as_traces(rows: Iterable[tuple[Any, ...]]) -> list[Trace]:
+    """Traces from rows (position, head, arrays, crc)."""
+    traces = []
+    for position, head, arrays, crc in rows:
+        expect(
+            isinstance(arrays, bytes) and crc == _trace_checksum(position, head, arrays),
+            f"the trace of answer {position}",
+        )
+        traces.append(Trace.unpack(head, arrays))
+    return traces
+
+
+def _trace_checksum(position: int, head: str, arrays: bytes) -> int:
+    return checksum(position, head, zlib.crc32(arrays))
 
 
 def messages_end(messages: Sequence[Message], last: Generation, tokens: int) -> int:

@@ -29,7 +29,7 @@ class Reply:
             sequence), ``tool_calls`` (the same, and there are calls), ``length`` (cut off by max_tokens), or
             ``cancelled``.
         first_token_s: seconds from the call to the first generated token.
-        trace: what the first tokens of the answer attended to.
+        trace: what the answer attended to; ``Session.trace`` says which tokens are looked at.
         message: the answer as it stands in the session's history.
     """
 

@@ -53,7 +53,7 @@ class AgentRuntime:
         Args:
             memory: for new sessions, and required of old ones; None takes the default for new sessions and what each
                 old one was made with.
-            config: what live sessions are allowed; whether there are metrics.
+            config: what live sessions are allowed; what is recorded of answers; whether there are metrics.
 
         Raises:
             ConfigError.
@@ -321,6 +321,7 @@ class AgentRuntime:
                 session = Session(
                     self.model, self.chat, config, store, resume_message=resume_message, observer=self.observer
                 )
+                session.trace = self.config.trace
             except BaseException:
                 store.close()
                 raise

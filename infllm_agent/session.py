@@ -14,7 +14,7 @@ from torch import Tensor
 from infllm_agent import snapshot
 from infllm_agent.answer import generate, writer_for
 from infllm_agent.chat import ChatFormat
-from infllm_agent.config import MemoryConfig, SamplingConfig
+from infllm_agent.config import MemoryConfig, SamplingConfig, TraceMode
 from infllm_agent.database import storage_errors
 from infllm_agent.errors import Cancelled, ConfigError, InfLLMError, SessionBusy, SessionClosed
 from infllm_agent.fork import check_messages, replay, write_fork
@@ -28,6 +28,7 @@ from infllm_agent.scheduler import Urgency
 from infllm_agent.store import SessionStore
 from infllm_agent.tailfile import read_tail, remove_other_tails, write_tail
 from infllm_agent.tools import ToolCall, ToolSpec
+from infllm_agent.trace import Trace
 
 
 class Session:
@@ -42,6 +43,7 @@ class Session:
         cancelled: asked between chunks and tokens; when it returns True, the work stops with ``Cancelled``.
         last_reply: the latest answer, since the session was opened.
         observer: told of what happens; the runtime's.
+        trace: of which tokens it is recorded what they attend to, from the next answer on.
         read_again: tokens that went through the model when the session was made, because its source could not go back.
     """
 
@@ -72,6 +74,7 @@ class Session:
         self.last_reply: Reply | None = None
         self.read_again = 0
         self.observer = observer or Observer()
+        self.trace: TraceMode = "sampled"
         self._lock = threading.RLock()
         self._stream: MessageStream | None = None
         self._broken = False
@@ -319,6 +322,7 @@ class Session:
                 state=state,
                 bytes_on_disk=self._disk_bytes(tail=state["tail"]),
                 blocks=self.memory.store.count,
+                traces=self._new_traces,
             )
             remove_other_tails(self.store.folder, keep=state["tail"])
             self.memory.store.release_written(self.store.folder)
@@ -359,6 +363,7 @@ class Session:
                 self._new_messages[: max(0, kept_messages - stored)],
                 self._new_ids[: max(0, end - self._committed)],
                 chunks,
+                [trace for trace in self._new_traces if trace.answer < kept_messages],
             )
             kept = Extent(min(kept_messages, stored), min(end, self._committed), chunks[0][0] if chunks else length)
             shared = self._committed_blocks
@@ -380,6 +385,7 @@ class Session:
             raise
         fork.read_again = read_again
         self.observer.forked(name, self.name, read_again)
+        fork.trace = self.trace
         return fork
 
     @property
@@ -429,6 +435,7 @@ class Session:
         self._new_messages: list[Message] = []
         self._new_ids: list[int] = []
         self._new_chunks: list[tuple[int, int]] = []
+        self._new_traces: list[Trace] = []
         self._committed_now()
         state = self.store.state or {}
         if memory is None and state:
@@ -449,7 +456,7 @@ class Session:
             self._end_message()
 
     def _committed_now(self) -> None:
-        self._new_messages, self._new_ids, self._new_chunks = [], [], []
+        self._new_messages, self._new_ids, self._new_chunks, self._new_traces = [], [], [], []
         self._committed = self.store.token_count
         self._committed_blocks = self.memory.store.count
 

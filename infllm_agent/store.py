@@ -30,6 +30,7 @@ from infllm_agent.records import (
     SessionRow,
     append_rows,
     as_messages,
+    as_traces,
     chunk_run,
     copy_rows,
     expand_runs,
@@ -41,6 +42,7 @@ from infllm_agent.records import (
     write_generation,
     write_session,
 )
+from infllm_agent.trace import Trace
 
 __all__ = ["Message", "SessionStore"]
 
@@ -233,8 +235,10 @@ class SessionStore:
         state: dict[str, Any],
         bytes_on_disk: int,
         blocks: int = 0,
+        traces: Sequence[Trace] = (),
     ) -> int:
-        """Append messages, token ids and execution chunks (start, length), replace the state; all of it or nothing.
+        """Append messages, token ids, execution chunks (start, length) and the traces of answers among the messages,
+        replace the state; all of it or nothing.
 
         Indexes continue without gaps; spans are in order, do not overlap, and lie within the token log as it is
         after this commit; chunks continue without gaps and lie within it too. ``state`` is kept as JSON.
@@ -250,7 +254,7 @@ class SessionStore:
                 raise StorageError(f'session "{self.name}" was opened read-only')
             with transaction(conn):
                 head = self._head()
-                new = append_rows(conn, head, Log(messages, token_ids, chunks))._replace(
+                new = append_rows(conn, head, Log(messages, token_ids, chunks, traces))._replace(
                     number=head.number + 1, state=text, blocks=blocks, bytes_on_disk=bytes_on_disk, updated=time.time()
                 )
                 write_generation(conn, new)
@@ -288,6 +292,29 @@ class SessionStore:
                 (last, first),
             ).fetchall()
             return joined_token_ids(rows, first, last)
+
+    def traces(self, start: int = 0, stop: int | None = None) -> list[Trace]:
+        """What the answers among a slice of the messages attended to, where that was traced."""
+        with self._using() as conn:
+            if not self._has_traces(conn):
+                return []
+            first, last, _ = slice(start, stop).indices(self.message_count)
+            rows = conn.execute(
+                "SELECT position, head, arrays, crc FROM traces WHERE position >= ? AND position < ? ORDER BY position",
+                (first, last),
+            ).fetchall()
+            return as_traces(rows)
+
+    def traced(self) -> list[int]:
+        """The indices of the messages that ``traces`` has something of."""
+        with self._using() as conn:
+            if not self._has_traces(conn):
+                return []
+            return [position for (position,) in conn.execute("SELECT position FROM traces ORDER BY position")]
+
+    def _has_traces(self, conn: sqlite3.Connection) -> bool:
+        """A reader may find a database from before there were any."""
+        return conn.execute("SELECT 1 FROM sqlite_master WHERE name = 'traces'").fetchone() is not None
 
     def chunks(self) -> list[tuple[int, int]]:
         """Every execution chunk as (start, length), in order."""
@@ -362,6 +389,7 @@ class SessionStore:
             self.messages()
             self.token_ids()
             self.chunks()
+            self.traces()
 
     def close(self) -> None:
         """Close the files and give the lock back; more than once does no harm."""

@@ -18,7 +18,7 @@ LAYERS = [
     ["blockfile", "blocks", "index", "state", "window"],
     ["layers", "memory"],
     ["hub", "attention", "probe", "scheduler", "model", "snapshot"],
-    ["database", "locks", "records", "catalog", "store", "tailfile", "fork"],
+    ["trace", "database", "locks", "records", "catalog", "store", "tailfile", "fork"],
     [
         "chat",
         "tokens",
@@ -28,7 +28,7 @@ LAYERS = [
         "grammar",
         "generate",
         "writer",
-        "trace",
+        "recorder",
         "reply",
         "fingerprint",
     ],
@@ -37,7 +37,8 @@ LAYERS = [
     ["functions", "toolrun", "agent_events", "agent"],
     ["runtime"],
     [
-        *["integrations", "bench", "demo", "cli", "cli_chat", "cli_input", "cli_options", "cli_output", "cli_sessions"],
+        *["integrations", "bench", "inspector"],
+        *["demo", "cli", "cli_chat", "cli_input", "cli_options", "cli_output", "cli_sessions"],
         *["chat_commands", "chat_gauge", "chat_live", "chat_prompt", "chat_screen", "transcript"],
     ],
 ]

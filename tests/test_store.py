@@ -719,7 +719,7 @@ def test_migrations_are_all_or_nothing(tmp_path: Path) -> None:
 def test_the_schema_as_released() -> None:
     """A released migration never changes; add one, and a test that opens a session made before it."""
     with closing(Database(memory=True)) as db:
-        assert [m.name for m in SESSION_SCHEMA.pending(db)] == ["001_session", "002_tools"]
+        assert [m.name for m in SESSION_SCHEMA.pending(db)] == ["001_session", "002_tools", "003_traces"]
         assert [m.name for m in CATALOG_SCHEMA.pending(db)] == ["001_catalog"]
 
 
