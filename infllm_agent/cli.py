@@ -30,6 +30,7 @@ from infllm_agent.cli_output import DONE, Stopped, counted, note, print_json, pr
 from infllm_agent.cli_sessions import app as sessions
 from infllm_agent.config import MemoryConfig, SamplingConfig
 from infllm_agent.errors import Cancelled
+from infllm_agent.inspector.cli import inspect
 from infllm_agent.store import SessionStore
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(sessions, name="sessions")
+app.command()(inspect)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
