@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 Range = tuple[int, int]
 
+#: What stands for bytes that are no text. The decoder waits for more at each of them, so that a run of them takes a
+#: time that grows with its square: texts with more of them than this are not decoded.
+REPLACEMENT, MAX_REPLACEMENTS = "\ufffd", 256
+
 
 def open_tokenizer(model: str) -> Tokenizer | None:
     """The tokenizer of a model that lies on this machine; nothing is fetched for it. None if there is none."""
@@ -87,11 +91,12 @@ class Places:
     def _decode(self, index: int) -> list[int] | None:
         """Where in the message's text each of its tokens ends, the first number being where the first begins; None if
         the tokens do not say the text. What stands before the text is negative."""
-        if self._tokenizer is None:
+        message = self._messages[index]
+        text = message.text
+        if self._tokenizer is None or not text or text.count(REPLACEMENT) > MAX_REPLACEMENTS:
             return None
         from tokenizers.decoders import DecodeStream
 
-        message = self._messages[index]
         stream: Any = DecodeStream(skip_special_tokens=False)
         pieces, last_special = [], 0
         special = {number for number, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
@@ -101,9 +106,8 @@ class Places:
                 last_special = place
         ends = [0, *accumulate(map(len, pieces))]
         # A short text may stand in the frame too: behind its last special token, or before the text, as the role does.
-        text = message.text
         found = "".join(pieces).rfind(text, 0, ends[last_special] if last_special > 0 else None)
-        return [end - found for end in ends] if text and found >= 0 else None
+        return [end - found for end in ends] if found >= 0 else None
 
 
 def _within(place: int, length: int) -> int:
