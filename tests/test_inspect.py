@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import time
 from html.parser import HTMLParser
@@ -232,7 +233,7 @@ def test_the_page_keeps_of_a_long_text_what_was_attended_to(report):
     parts = cut[0]["parts"]
     assert sum(len(part) for _, part in parts) < html.HEAD_CHARS + html.PARTS * (2 * html.AROUND_CHARS + 300)
     assert all(LONG[start : start + len(part)] == part for start, part in parts)
-    assert all(a + len(part) < b for (a, part), (b, _) in zip(parts, parts[1:], strict=False))
+    assert all(a + len(part) < b for (a, part), (b, _) in itertools.pairwise(parts))
     for answer in report.answers:
         shades = answer.shades[cut[0]["index"]]
         most = max(shades, key=lambda one: one.focus)

@@ -42,5 +42,6 @@ def test_root_folders_are_inside(wheel_names, folder):
 
 
 def test_data_files_are_inside_and_rubbish_is_not(wheel_names):
-    assert {"infllm_agent/py.typed", "infllm_agent/templates/smollm2.jinja"} <= set(wheel_names)
+    data = {"py.typed", "templates/smollm2.jinja", "inspector/page.html"}
+    assert {f"infllm_agent/{name}" for name in data} <= set(wheel_names)
     assert not [name for name in wheel_names if "__pycache__" in name or "tests/" in name]

@@ -40,14 +40,16 @@ def render(report: Report, answer: Answer, console: Console, top: int = 8) -> No
     console.print()
     if not answer.attended:
         console.print("no attention to any message before the question is recorded")
-    scale = max((one.focus for one in answer.attended), default=0.0) or 1.0
+    # Bars compare the messages with each other; the figures beside them are absolute.
+    most_focus = max((one.focus for one in answer.attended), default=0.0) or 1.0
+    most_share = max((one.share for one in answer.attended), default=0.0) or 1.0
     for one in answer.attended[:top]:
         message = report.messages[one.message]
         line = Text()
         line.append(f"[{message.index}] {_who(message)}", "bold")
         line.append(f"  {local_time(message.time)}\n", "dim")
-        line.append("focus ").append(_bar(one.focus / scale, "yellow")).append(f" {one.focus:6.1%}   share ")
-        line.append(_bar(one.share, "cyan")).append(f" {one.share:6.1%}")
+        line.append("focus ").append(_bar(one.focus / most_focus, "yellow")).append(f" {one.focus:6.1%}   share ")
+        line.append(_bar(one.share / most_share, "cyan")).append(f" {one.share:6.1%}")
         console.print(line)
         console.print(Padding(_excerpt(message, answer), (0, 0, 1, 4)))
     if (more := len(answer.attended) - top) > 0:
