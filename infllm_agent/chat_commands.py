@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Protocol
 from rich.filesize import decimal
 
 from infllm_agent.catalog import Catalog
-from infllm_agent.cli_output import counted, local_time, printable
+from infllm_agent.cli_output import counted, local_time
 from infllm_agent.errors import Cancelled, InfLLMError, UnknownSession
+from infllm_agent.inspector.report import Report, gather
 from infllm_agent.records import Message
 from infllm_agent.reply import Reply
 from infllm_agent.session import Session
@@ -21,15 +22,12 @@ from infllm_agent.transcript import FORMS, save
 if TYPE_CHECKING:
     from infllm_agent.cli import Work
 
-#: How many of the latest answers /inspect can tell of, and how many messages it names.
-INSPECTED, ATTENDED = 20, 10
-
 #: What can be typed, and what it does.
 HELP = [
     ("/help", "this list"),
     ("/history [N]", "the last N messages (10)"),
     ("/search WORDS", "messages of this session that have all the words"),
-    ("/inspect [N]", "what the latest answer attended to, or message N, if it was answered in this chat"),
+    ("/inspect [N]", "what the latest answer attended to, or the answer that is message N"),
     ("/observe TEXT", "add an observation, without asking for an answer"),
     ("/sessions", "all sessions; /sessions NAME is /open NAME"),
     ("/open NAME", "go on in another session of this model; /open! NAME makes it if there is none"),
@@ -59,6 +57,9 @@ class Display(Protocol):
     def table(self, head: Sequence[str], rows: Sequence[Sequence[str | float]]) -> None:
         """Rows of texts; a float is a share of one."""
 
+    def inspected(self, report: Report) -> None:
+        """What one answer attended to."""
+
     def reading(self, session: Session) -> AbstractContextManager[object]:
         """Around what puts text through the model."""
 
@@ -75,7 +76,6 @@ class Commands:
     def __init__(self, work: Work, display: Display) -> None:
         self._work = work
         self._display = display
-        self._replies: dict[int, Reply] = {}
         self._commands: dict[str, Callable[[str], None]] = {
             "help": lambda rest: display.help(HELP),
             "history": self._history,
@@ -112,12 +112,6 @@ class Commands:
         else:
             command(rest.strip())
 
-    def answered(self, reply: Reply) -> None:
-        """Remember an answer for /inspect."""
-        self._replies[reply.message.index] = reply
-        while len(self._replies) > INSPECTED:
-            del self._replies[min(self._replies)]
-
     def names(self) -> list[str]:
         return sorted([*self._commands, "quit"])
 
@@ -138,13 +132,7 @@ class Commands:
     def _inspect(self, number: str) -> None:
         if number and not number.isdecimal():
             raise InfLLMError(f"/inspect {number}: give a message's number, as /history shows it")
-        if not self._replies:
-            raise InfLLMError("/inspect: nothing was answered yet since this chat began")
-        reply = self._replies.get(int(number) if number else max(self._replies))
-        if reply is None:
-            known = ", ".join(map(str, sorted(self._replies)))
-            raise InfLLMError(f"/inspect {number}: that is no answer of this chat; those at hand: {known}")
-        show_attended(self._session, reply, self._display)
+        self._display.inspected(gather(self._work.runtime.root, self._session.name, int(number) if number else -1))
 
     def _observe(self, text: str) -> None:
         if not text:
@@ -182,7 +170,6 @@ class Commands:
             before.commit()
             work.session = work.runtime.session(name)
             work.session.cancelled = work.interrupts
-            self._replies.clear()
             work.runtime.release(before.name)
         self._display.line(f'now in session "{name}", {counted(self._session.message_count, "message")}')
 
@@ -213,17 +200,3 @@ class Commands:
         self._display.line(
             f"{usage['messages']:,} messages, {usage['tokens']:,} tokens, {usage['blocks']:,} blocks; {sizes}"
         )
-
-
-def show_attended(session: Session, reply: Reply, display: Display) -> None:
-    """The messages that an answer attended to, most first."""
-    messages = session.messages(0, reply.message.index)
-    rows: list[list[str | float]] = []
-    for attended in reply.trace.by_message(messages, ATTENDED):
-        message = messages[attended.message]
-        text = " ".join(printable(message.text[:200]).split())
-        rows.append([str(message.index), message.role, attended.share, text if len(text) <= 80 else text[:77] + "..."])
-    if rows:
-        display.table(["message", "role", "attention", "text"], rows)
-    else:
-        display.line("this answer attended to no message")

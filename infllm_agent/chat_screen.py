@@ -28,6 +28,8 @@ from infllm_agent.chat_prompt import KEYS, new_prompt
 from infllm_agent.cli_input import Interrupts
 from infllm_agent.cli_output import SHOWN_CHARS, message_head, printable
 from infllm_agent.errors import Cancelled
+from infllm_agent.inspector.report import Report
+from infllm_agent.inspector.terminal import render
 from infllm_agent.records import Message
 from infllm_agent.reply import Reply
 from infllm_agent.session import Session
@@ -109,6 +111,9 @@ class Screen:
             self._console.print(Text(message_head(message), "bold"))
             text = highlighted(message.text, words) if words else _beginning(message.text)
             self._console.print(Padding(text, (0, 0, 0, 4)))
+
+    def inspected(self, report: Report) -> None:
+        render(report, report.answers[-1], self._console)
 
     def table(self, head: Sequence[str], rows: Sequence[Sequence[str | float]]) -> None:
         table = Table(box=None, header_style="bold", pad_edge=False)

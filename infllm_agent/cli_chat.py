@@ -8,11 +8,15 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, Protocol
 
+from rich.console import Console
+
 from infllm_agent import chat_gauge
 from infllm_agent.chat_commands import Commands, Display
 from infllm_agent.cli_input import Interrupts, read_lines, standard_input
 from infllm_agent.cli_output import print_message, print_table, printable, write_piece
 from infllm_agent.errors import Cancelled, InfLLMError
+from infllm_agent.inspector.report import Report
+from infllm_agent.inspector.terminal import render
 from infllm_agent.records import Message
 from infllm_agent.reply import Reply
 from infllm_agent.session import Session
@@ -84,7 +88,6 @@ class Chat:
                     write(piece)
         reply = session.last_reply
         assert reply is not None
-        self._commands.answered(reply)
         self._face.closing(reply)
 
 
@@ -134,6 +137,9 @@ class Plain:
 
     def table(self, head: Sequence[str], rows: Sequence[Sequence[str | float]]) -> None:
         print_table(head, [[f"{c:.0%}" if isinstance(c, float) else printable(c) for c in row] for row in rows])
+
+    def inspected(self, report: Report) -> None:
+        render(report, report.answers[-1], Console(highlight=False))
 
     def reading(self, session: Session) -> nullcontext[None]:
         return nullcontext()
