@@ -24,11 +24,11 @@ import typer
 from infllm_agent import logs
 from infllm_agent.catalog import Catalog
 from infllm_agent.cli_input import Interrupts, open_input, read_text, split_lines
-from infllm_agent.cli_options import AsJson, Log, Memory, Role, RuntimeOptions, Sampling, SessionName
+from infllm_agent.cli_options import AsJson, Log, Memory, Role, RuntimeOptions, Sampling, SessionName, Tracing
 from infllm_agent.cli_options import takes_options as options
 from infllm_agent.cli_output import DONE, Stopped, counted, note, print_json, progress, report, write_piece
 from infllm_agent.cli_sessions import app as sessions
-from infllm_agent.config import MemoryConfig, SamplingConfig
+from infllm_agent.config import MemoryConfig, RuntimeConfig, SamplingConfig, TraceMode
 from infllm_agent.errors import Cancelled
 from infllm_agent.inspector.cli import inspect
 from infllm_agent.store import SessionStore
@@ -189,6 +189,7 @@ def ask(
         Path | None, typer.Option(metavar="FILE", help="Answer with JSON, valid under this JSON schema.")
     ] = None,
     as_json: AsJson = False,
+    trace: Tracing = "sampled",
     *,
     where: RuntimeOptions,
     memory: Memory,
@@ -199,7 +200,7 @@ def ask(
         raise typer.BadParameter("it is empty", param_hint="QUESTION")
     SamplingConfig(**sampling)  # a mistake is told before the model is loaded
     form = {} if schema is None else {"schema": _read_schema(schema)}
-    with _open_session(session, where, memory, create=False) as work:
+    with _open_session(session, where, memory, create=False, trace=trace) as work:
         target = work.session
         if schema is not None:
             target.chat.grammars.schema(form["schema"])  # refused before the question is taken in
@@ -215,7 +216,8 @@ def ask(
         if as_json:
             attended = reply.trace.by_message(target.messages(0, asked.index), ATTENDED)
             print_json(
-                _reply_fields(reply) | {"attended": [{"message": a.message, "share": a.share} for a in attended]}
+                _reply_fields(reply)
+                | {"attended": [{"message": a.message, "share": a.share, "focus": a.focus} for a in attended]}
             )
         else:
             print(flush=True)
@@ -250,10 +252,17 @@ def _reply_fields(reply: Reply) -> dict[str, Any]:
 
 @app.command()
 @options
-def chat(session: SessionName, *, where: RuntimeOptions, memory: Memory, sampling: Sampling) -> None:
+def chat(
+    session: SessionName,
+    trace: Tracing = "sampled",
+    *,
+    where: RuntimeOptions,
+    memory: Memory,
+    sampling: Sampling,
+) -> None:
     """Talk with a session; made if there is none. /help lists the commands."""
     SamplingConfig(**sampling)
-    with _open_session(session, where, memory) as work:
+    with _open_session(session, where, memory, trace=trace) as work:
         from infllm_agent.cli_chat import Chat
 
         Chat(work, sampling).run()
@@ -269,12 +278,20 @@ class Work:
 
 
 @contextmanager
-def _open_session(name: str, where: RuntimeOptions, settings: dict[str, Any], *, create: bool = True) -> Iterator[Work]:
+def _open_session(
+    name: str,
+    where: RuntimeOptions,
+    settings: dict[str, Any],
+    *,
+    create: bool = True,
+    trace: TraceMode = "sampled",
+) -> Iterator[Work]:
     """A session with its model. However the work in it ends, what it has taken in is committed.
 
     Args:
         settings: memory settings that were given; the others are the session's own, or the model's defaults.
         create: whether to make the session if there is none.
+        trace: of which tokens it is kept what they attended to.
 
     Raises:
         Stopped: the user stopped the work.
@@ -287,7 +304,8 @@ def _open_session(name: str, where: RuntimeOptions, settings: dict[str, Any], *,
     config = None
     if settings:
         config = (MemoryConfig.from_record(stored) if stored else model.default_memory()).changed(**settings)
-    with Interrupts() as interrupts, AgentRuntime(where.root, model, config) as runtime:
+    allowed = RuntimeConfig(trace=trace)
+    with Interrupts() as interrupts, AgentRuntime(where.root, model, config, allowed) as runtime:
         work = Work(runtime, runtime.session(name), interrupts)
         work.session.cancelled = interrupts
         try:

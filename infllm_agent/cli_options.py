@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 import typer
 from pydantic.fields import FieldInfo
 
-from infllm_agent.config import MemoryConfig, SamplingConfig, Settings, default_root
+from infllm_agent.config import MemoryConfig, SamplingConfig, Settings, TraceMode, default_root
 from infllm_agent.logs import LogFormat
 
 Role = Literal["system", "user", "assistant", "observation", "tool"]  # chat.Role, which would load transformers
@@ -27,6 +27,13 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value on st
 Log = Annotated[
     LogFormat | None,
     typer.Option("--log", envvar="INFLLM_LOG", help="Log to stderr what happens, without texts.", show_default=False),
+]
+
+Tracing = Annotated[
+    TraceMode,
+    typer.Option(
+        "--trace", help="Keep what answers attend to, for inspect: of some tokens (sampled), all of them (on), or off."
+    ),
 ]
 
 

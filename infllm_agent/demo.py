@@ -45,7 +45,7 @@ class Asked:
     """One question to the session, and what came of it.
 
     Attributes:
-        attended: the messages of the log by the attention the answer paid them, most first.
+        attended: the messages of the log by the attention the answer paid them (``Trace.by_message``), most first.
         truncated: what the model answered with an ordinarily truncated history; None where it was not asked.
     """
 
@@ -121,6 +121,8 @@ def run(
             "model_load_s": after["model_load_s"],
             "peak_rss_mb": after["peak_rss_mb"],
         },
+        # Of how many answers the message with the fact is among the first ``TOP_MESSAGES`` attended.
+        "attended": {"asked": len(answers) + len(later), "found": sum(map(_found, [*answers, *later]))},
         "ingest_tok_s": round(ingest_tok_s, 1),
         "peak_rss_mb": peak_rss_mb(),
         "seconds": round(time.perf_counter() - began, 1),
@@ -166,7 +168,12 @@ def ask(session: Session, fact: Fact, log_length: int, truncated: str | None = N
         text=reply.text,
         correct=matches(reply.text, fact.answer),
         attended=[
-            {"message": one.message, "share": round(one.share, 3), "text": _snippet(messages[one.message])}
+            {
+                "message": one.message,
+                "share": round(one.share, 3),
+                "focus": round(one.focus, 3),
+                "text": _snippet(messages[one.message]),
+            }
             for one in top
         ],
         first_token_s=round(reply.first_token_s, 3),
@@ -276,7 +283,7 @@ def show_answer(console: Console, answer: Asked) -> None:
         console.print(Text("  truncated "), _mark(bool(answer.truncated_correct)), Text(answer.truncated))
     for one in answer.attended:
         where = " ← said here" if one["message"] in answer.said_in else ""
-        console.print(Text(f"    {one['share']:4.0%} message {one['message']:>4} {one['text']}{where}", style="dim"))
+        console.print(Text(f"    {one['focus']:4.0%} message {one['message']:>4} {one['text']}{where}", style="dim"))
     rate = answer.output_tokens / max(answer.seconds - answer.first_token_s, 1e-9)
     console.print(
         Text(
@@ -303,8 +310,14 @@ def show_summary(console: Console, result: dict[str, Any]) -> None:
     )
     console.print(
         f"read at {result['ingest_tok_s']:.0f} tok/s; at most {result['attended_keys']:,} keys attended; "
-        f"peak {result['peak_rss_mb']:,} MB; {result['seconds']:.0f} s in all"
+        f"peak {result['peak_rss_mb']:,} MB; {result['seconds']:.0f} s in all\n"
+        f"of {result['attended']['asked']} answers {result['attended']['found']} attended to the message with the fact "
+        f"among the first {TOP_MESSAGES}"
     )
+
+
+def _found(answer: Asked) -> bool:
+    return any(one["message"] in answer.said_in for one in answer.attended)
 
 
 def _mark(right: bool) -> Text:

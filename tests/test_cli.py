@@ -110,6 +110,20 @@ def test_sampling_options_reach_the_answer(cli):
     assert cli("ask", "ops", "what?", "--max-tokens", "3", "--json").json["finish_reason"] in ("length", "stop")
 
 
+def test_tracing_is_an_option(cli):
+    cli("ingest", "ops", stdin=b"error 404")
+    ask = ("ask", "ops", "what failed?", "--max-tokens", "2", "--json")
+    assert cli(*ask, "--trace", "off").json["attended"] == []
+    with cli.store("ops") as store:
+        assert store.traced() == []
+    assert {"message", "share", "focus"} == set(cli(*ask, "--trace", "on").json["attended"][0])
+    cli(*ask)
+    with cli.store("ops") as store:
+        sizes = {trace.answer: len(trace.layers) for trace in store.traces()}
+        assert sizes == {4: 3, 6: 3}
+    assert "perhaps" in cli(*ask, "--trace", "perhaps").error
+
+
 def test_memory_options_hold_for_a_new_session_and_stay_with_it(cli):
     small = ("--n-local", "64", "--block-size", "16", "--chunk-size", "32", "--topk", "2", "--n-init", "8")
     cli("ingest", "ops", *small, stdin=LINE.encode() * 40)

@@ -64,6 +64,8 @@ def test_it_reports_what_it_promises_and_restarts_in_a_new_process(smollm2_path,
     assert result["restart"]["asked"] == 2
     for part in ("memory", "truncated", "restart"):
         assert 0 <= result[part]["correct"] <= result[part]["asked"]
+    assert result["attended"]["asked"] == 8
+    assert 0 <= result["attended"]["found"] <= 8
     assert result["ingest_tok_s"] > 0
     assert result["peak_rss_mb"] > 100
     assert result["seconds"] > 0
