@@ -29,18 +29,6 @@ class MessageStream:
         calls: tuple[ToolCall, ...],
         tools: tuple[ToolSpec, ...],
     ) -> None:
-        self._begin(session, role, name, call_id, calls, tools)
-        session._take(session.chat.open(role, name=name, first=self._start == 0, tools=tools, call_id=call_id))
-
-    def _begin(
-        self,
-        session: Session,
-        role: str,
-        name: str | None,
-        call_id: str | None,
-        calls: tuple[ToolCall, ...],
-        tools: tuple[ToolSpec, ...],
-    ) -> None:
         self._session = session
         self._role, self._name, self._call_id = role, name, call_id
         self._calls, self._tools = calls, tools
@@ -49,12 +37,19 @@ class MessageStream:
         self._tokens = TextStream(session.chat.encoder)
         self.message: Message | None = None
 
+    def begin(self) -> MessageStream:
+        """The message begins: what stands before its text enters the session."""
+        session, first = self._session, self._start == 0
+        session._take(
+            session.chat.open(self._role, name=self._name, first=first, tools=self._tools, call_id=self._call_id)
+        )
+        return self
+
     @classmethod
     def resume(cls, session: Session, record: dict[str, Any]) -> MessageStream:
         """The message that ``record`` was made of, open again. The session has the tokens that it had then."""
-        stream = cls.__new__(cls)
         # Neither the assistant's messages nor the system's come in pieces: there are no calls and no tools.
-        stream._begin(session, record["role"], record["name"], record["call_id"], (), ())
+        stream = cls(session, record["role"], record["name"], record["call_id"], (), ())
         stream._start, stream._time = record["start"], record["time"]
         stream._pieces = [record["text"]]
         stream._tokens.write(record["held"])  # had no place where words part, so nothing comes out

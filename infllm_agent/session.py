@@ -209,7 +209,7 @@ class Session:
             )
         with self._working():
             self._idle()
-            stream = MessageStream(self, role, name, call_id, calls, tools)
+            stream = MessageStream(self, role, name, call_id, calls, tools).begin()
             self._stream = stream
             return stream
 
