@@ -182,7 +182,7 @@ def many(runtime: AgentRuntime, options: argparse.Namespace) -> dict:
         live = runtime.live(f"room{n}")
         live.append_system("You know the passwords of rooms.")
         before_it, after_it = "".join(log_lines(rng, 3)), "".join(log_lines(rng, 1))
-        live.append_observation(f"{before_it}The password of room {n} is: {word}.\n{after_it}")
+        live.append_observation(f'{before_it}The password of room {n} is "{word}".\n{after_it}')
         receipts.append(live.append_user("Thank you, I will ask for it later."))
         peak = max(peak, anonymous_mb())
     for receipt in receipts:
@@ -194,7 +194,7 @@ def many(runtime: AgentRuntime, options: argparse.Namespace) -> dict:
         live = runtime.live(f"room{n}")
         live.append_user(f"What is the password of room {n}?")
         start = time.perf_counter()
-        text = live.reply(max_tokens=12, prefix=f"The password of room {n} is:").text
+        text = live.reply(max_tokens=12, prefix=f'The password of room {n} is "').text
         times.append(time.perf_counter() - start)
         right += word in text
         if word not in text:
