@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Callable, Sequence
 
 import pexpect
 import pyte
+
+
+def _heed_signals() -> None:
+    """As a program on a terminal does. What runs the tests may ignore them, in the background for instance."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
 
 
 class Terminal:
@@ -27,7 +34,11 @@ class Terminal:
         self.raw = b""
         self._stream = pyte.ByteStream(self.screen)
         self.child = pexpect.spawn(
-            command[0], list(command[1:]), env=os.environ | {"TERM": "xterm"} | env, dimensions=(rows, columns)
+            command[0],
+            list(command[1:]),
+            env=os.environ | {"TERM": "xterm"} | env,
+            dimensions=(rows, columns),
+            preexec_fn=_heed_signals,
         )
         self.child.delaybeforesend = None
 
