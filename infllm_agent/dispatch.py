@@ -75,10 +75,6 @@ class Dispatcher:
         self._pool = ThreadPoolExecutor(config.workers, thread_name_prefix="infllm")
         self._keeper: threading.Thread | None = None
 
-    @property
-    def stopping(self) -> bool:
-        return self._stopping
-
     def inbox(self, name: str) -> Inbox:
         with self._changed:
             if name not in self._inboxes:
@@ -89,11 +85,6 @@ class Dispatcher:
                 self._keeper = threading.Thread(target=self._keep, name="infllm-keeper", daemon=True)
                 self._keeper.start()
             return self._inboxes[name]
-
-    def queued(self) -> dict[str, int]:
-        """How many messages and requests each session has queued, where there are any."""
-        with self._changed:
-            return {name: len(inbox) for name, inbox in self._inboxes.items() if len(inbox)}
 
     def backlog(self) -> Backlog:
         """What there is to do. Takes no lock, so that it can be asked at any time."""

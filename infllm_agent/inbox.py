@@ -226,13 +226,10 @@ class Inbox:
             future.result(timeout)
         except FutureTimeout:
             future.cancel()
-            raise self.full(timeout) from None
-
-    def full(self, timeout: float | None) -> QueueFull:
-        return QueueFull(
-            f"{self._chars} characters are queued, and there was no room for more within {timeout} s: the model reads "
-            "slower than this is written; wait longer, or raise queued_chars"
-        )
+            raise QueueFull(
+                f"{self._chars} characters are queued, and there was no room for more within {timeout} s: the model "
+                "reads slower than this is written; wait longer, or raise queued_chars"
+            ) from None
 
     def _let_in(self, *, all_of_them: bool = False) -> None:
         if all_of_them or self._chars < self.limit:

@@ -157,10 +157,7 @@ class LiveSession:
         """As ``reply``. If the task is cancelled, the answer ends as it stands."""
         answer = self._ask(options)
         try:
-            while not answer.reply.done():
-                await asyncio.wrap_future(answer.more())
-                answer.next_piece()
-            return answer.reply.result()
+            return await asyncio.shield(asyncio.wrap_future(answer.reply))
         finally:
             answer.cancelled = True
 

@@ -219,8 +219,8 @@ class Session:
     def stream_observation(self, name: str | None = None) -> MessageStream:
         return self.stream("observation", name=name)
 
-    def ingest(self, chunks: int | None = None) -> bool:
-        """Put full chunks of what waits through the model: all, or so many. Returns whether more of them wait.
+    def ingest(self, chunks: int | None = None) -> None:
+        """Put full chunks of what waits through the model: all, or so many.
 
         Raises:
             Cancelled: ``cancelled`` said so; what waits keeps waiting, nothing is lost.
@@ -229,7 +229,6 @@ class Session:
             size = self.config.chunk_size
             full = len(self._pending) // size
             self._feed((full if chunks is None else min(chunks, full)) * size)
-            return len(self._pending) >= size
 
     # -- what goes out ---------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 
 from infllm_agent.config import RuntimeConfig
 from infllm_agent.errors import Cancelled, InfLLMError, Stopped, StorageError
@@ -48,7 +48,7 @@ class Worker:
         self.stopping = stopping
         self.give_way = give_way
         self._taken: list[tuple[Receipt, Message]] = []  # not on disk yet
-        self._committed = time.monotonic()
+        self._asked: Answer | None = None  # that is being given
 
     def work(self) -> bool:
         """Until there is nothing to do; returns whether there is, because others need the place.
@@ -57,7 +57,7 @@ class Worker:
             Exception: the session is unusable, or its files are; ``fail_taken`` tells those whose messages are lost.
         """
         session, began = self.session, time.monotonic()
-        session.eager = False
+        session.eager, session.cancelled = False, self._is_cancelled
         try:
             if session.open_message is not None and not self._is_arriving():
                 session.abandon_stream()  # of a process that ended in the middle of it
@@ -133,8 +133,7 @@ class Worker:
         return over
 
     def _answer(self, answer: Answer) -> None:
-        session = self.session
-        session.cancelled = lambda: answer.cancelled or self.stopping()
+        session, self._asked = self.session, answer
         session.observer.answer_begins(time.perf_counter() - answer.asked)
         try:
             with closing(session.stream_reply(**answer.options)) as pieces:
@@ -152,30 +151,27 @@ class Worker:
                 raise
             self._commit()
         finally:
-            session.cancelled = lambda: False
+            self._asked = None
             self.inbox.drop(answer)
 
     def _read(self) -> None:
-        self.session.cancelled = self.stopping
-        try:
+        with suppress(Cancelled):
             self.session.ingest(chunks=1)
-        except Cancelled:
-            pass
-        finally:
-            self.session.cancelled = lambda: False
         if self._is_due():
             self._commit()
 
     def _commit(self) -> None:
         self.session.commit()
-        self._committed = time.monotonic()
         taken, self._taken = self._taken, []
         for receipt, message in taken:
             receipt.set_result(message)
 
     def _is_due(self) -> bool:
-        waited = time.monotonic() - self._committed
-        return waited > self.config.commit_s or self.session.uncommitted_blocks >= UNCOMMITTED_BLOCKS
+        since = time.time() - self.session.store.updated  # by whichever worker: a slow message has many
+        return since > self.config.commit_s or self.session.uncommitted_blocks >= UNCOMMITTED_BLOCKS
+
+    def _is_cancelled(self) -> bool:
+        return self.stopping() or (self._asked is not None and self._asked.cancelled)
 
     def _is_arriving(self) -> bool:
         head = self.inbox.head()

@@ -257,6 +257,21 @@ def test_a_message_that_arrives_slowly_is_on_disk_meanwhile(make: Callable[..., 
         until(on_disk)
 
 
+def test_a_message_that_trickles_in_is_on_disk_meanwhile(make: Callable[..., AgentRuntime], tmp_path: Path) -> None:
+    """No pause between its pieces is as long as ``commit_s``; each finds another worker."""
+    live = make(commit_s=1.0).live("ops")
+    on_disk = ""
+    with live.stream_tool_result("slow") as sink:
+        for number in range(20):
+            sink.write(f"part {number} ")
+            time.sleep(0.3)
+            with SessionStore.open(tmp_path / "root", "ops", readonly=True) as store:
+                on_disk = (store.state or {}).get("arriving", {}).get("text", "")
+            if on_disk:
+                break
+    assert on_disk.startswith("part 0 part 1 ")
+
+
 def test_what_arrived_of_a_message_outlives_its_process(tiny_model: LocalModel, tmp_path: Path) -> None:
     with AgentRuntime(tmp_path / "root", tiny_model, SMALL) as runtime:
         session = runtime.session("ops")
