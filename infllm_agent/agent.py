@@ -123,7 +123,7 @@ def stream_agent(
         timeout=math.inf if tool_timeout is None else tool_timeout,
         schema=schema,
         loop=background_loop if loop is None else lambda: loop,
-        cancelled=cancelled,
+        cancelled=cancelled or (lambda: False),
         sampling=sampling,
     )
     run.check(task)
@@ -147,7 +147,7 @@ class _Run:
     timeout: float
     schema: dict[str, Any] | None
     loop: Callable[[], asyncio.AbstractEventLoop]
-    cancelled: Callable[[], bool] | None
+    cancelled: Callable[[], bool]
     sampling: dict[str, Any]
     replies: list[Reply] = field(default_factory=list)
     results: list[CallResult] = field(default_factory=list)
@@ -170,7 +170,7 @@ class _Run:
             raise ConfigError(f'session "{self.session.name}" ends with an answer: give a task, be it "Go on."')
 
     def events(self, task: str | None, system: str) -> Generator[AgentEvent, None, None]:
-        with _alone(self.session), _also_cancelled(self.session, self.cancelled):
+        with _alone(self.session), self.session.cancelled_by(self.cancelled):
             try:
                 yield from self._begin(task, system)
                 finish_reason = yield from self._steps()
@@ -375,17 +375,3 @@ def _alone(session: Session) -> Iterator[None]:
     finally:
         with _at_work_lock:
             _at_work.discard(session)
-
-
-@contextmanager
-def _also_cancelled(session: Session, cancelled: Callable[[], bool] | None) -> Iterator[None]:
-    """While this lasts, the session's work also stops when ``cancelled`` says so."""
-    if cancelled is None:
-        yield
-        return
-    before = session.cancelled
-    session.cancelled = lambda: cancelled() or before()
-    try:
-        yield
-    finally:
-        session.cancelled = before

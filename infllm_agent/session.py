@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -285,6 +286,16 @@ class Session:
                 schema=schema,
             )
         return generate(self, writer, prefix)
+
+    @contextmanager
+    def cancelled_by(self, cancelled: Callable[[], bool]) -> Iterator[None]:
+        """While this lasts, the session's work also stops when the given check says so."""
+        before = self.cancelled
+        self.cancelled = lambda: cancelled() or before()
+        try:
+            yield
+        finally:
+            self.cancelled = before
 
     # -- what lasts ------------------------------------------------------------------------------------------------
 

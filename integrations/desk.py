@@ -339,14 +339,11 @@ def desk_of(runtime: AgentRuntime) -> Desk:
 @contextmanager
 def all_or_nothing(session: Session, cancelled: CancelCheck) -> Iterator[None]:
     """Commit what the block did to the session, or, if it fails, take it back."""
-    others = session.cancelled
-    session.cancelled = lambda: cancelled() or others()
-    try:
-        yield
-        session.commit()
-    except BaseException:
-        if not session.closed:
-            session.rollback()
-        raise
-    finally:
-        session.cancelled = others
+    with session.cancelled_by(cancelled):
+        try:
+            yield
+            session.commit()
+        except BaseException:
+            if not session.closed:
+                session.rollback()
+            raise
