@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 
 from infllm_agent import AgentRuntime, snapshot
-from infllm_agent.blockfile import Records, write_blocks
 from infllm_agent.catalog import Catalog
 from infllm_agent.fork import fork_stored
 from infllm_agent.model import LocalModel
@@ -32,13 +31,13 @@ def fill(runtime: AgentRuntime, name: str, tokens: int) -> None:
     session = runtime.session(name)
     config, memory, store = session.config, session.memory, session.store
     division = Division.of(tokens, config)
-    record = Records.empty(memory.store.shape, 1)
-    record.kv.normal_()
-    record.representatives.normal_()
-    record.seal(0)
-    for first in range(0, division.blocks, 64):
-        count = min(64, division.blocks - first)
-        write_blocks(store.folder, memory.store.shape, first, [record.bytes[0]] * count)
+    shape, blocks = memory.store.shape, memory.store
+    k = torch.randn(64, shape.kv_heads, shape.block_size, shape.head_dim)
+    while blocks.count < division.blocks:
+        first = blocks.add(count := min(64, division.blocks - blocks.count))
+        for layer in range(shape.layers):
+            blocks.put(first, layer, k[:count], -k[:count], k[:count].mean(2))
+        blocks.write()
 
     def window(n: int) -> torch.Tensor:
         return torch.randn(memory.store.shape.kv_heads, n, memory.store.shape.head_dim).to(memory.dtype)
@@ -48,7 +47,7 @@ def fill(runtime: AgentRuntime, name: str, tokens: int) -> None:
         number: LayerState(torch.stack([window(division.sinks)] * 2), WindowState(window(n), window(n), None))
         for number in memory.layers
     }
-    tensors, state = snapshot.pack(MemoryState(tokens, layers, {}), config)
+    tensors, state = snapshot.pack(MemoryState(tokens, layers, {}), config, blocks.files.marks)
     tail, crc = write_tail(store.folder, tensors)
     choice = random.Random(0)
     words = [f"word{i}" for i in range(3000)]

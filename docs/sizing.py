@@ -15,10 +15,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from infllm_agent.blockfile import BlockShape
+from infllm_agent.blockfile import PAGE as FILE_PAGE
+from infllm_agent.blockfile import SEGMENT_BLOCKS
 from infllm_agent.blocks import HOST_BLOCKS
 from infllm_agent.config import MemoryConfig
 from infllm_agent.index import INDEX_STEP
+from infllm_agent.planes import BlockShape
 from infllm_agent.state import Division
 
 PAGE = Path(__file__).parent / "operations.md"
@@ -41,7 +43,8 @@ class Sizes:
 
     @property
     def shape(self) -> BlockShape:
-        return BlockShape(self.layers, self.kv_heads, self.config.block_size, self.head_dim, self.dtype)
+        config = self.config
+        return BlockShape(self.layers, self.kv_heads, config.block_size, self.head_dim, self.dtype, config.block_dtype)
 
     @property
     def key_bytes(self) -> int:
@@ -50,15 +53,17 @@ class Sizes:
 
     @property
     def disk_bytes_per_token(self) -> float:
-        """In sealed blocks: keys, values, the block's key, checksums, and what fills the last page."""
-        return self.shape.stride / self.config.block_size
+        """In sealed blocks: keys, values, checksums, and the block's key."""
+        return (self.shape.stride + self.shape.layers * self.shape.key_bytes) / self.config.block_size
 
     def blocks(self, tokens: int) -> int:
         return Division.of(tokens, self.config).blocks
 
     def disk_bytes(self, tokens: int) -> int:
-        """All sealed blocks in the session's files."""
-        return self.blocks(tokens) * self.shape.stride
+        """The files of all sealed blocks."""
+        segments = -(-self.blocks(tokens) // SEGMENT_BLOCKS)
+        head = FILE_PAGE + SEGMENT_BLOCKS * self.shape.layers * self.shape.key_bytes
+        return segments * head + self.blocks(tokens) * self.shape.stride
 
     def tail_bytes(self, tokens: int) -> int:
         """Sinks and window in the tail's file, without its header."""
@@ -66,11 +71,12 @@ class Sizes:
 
     def host_bytes(self, tokens: int) -> int:
         """Host memory of a session that is read in one go: room is taken for ``HOST_BLOCKS`` blocks at a time."""
-        return -(-self.blocks(tokens) // HOST_BLOCKS) * HOST_BLOCKS * self.shape.stride
+        room = HOST_BLOCKS * (self.shape.stride + self.shape.layers * self.shape.key_bytes)
+        return -(-self.blocks(tokens) // HOST_BLOCKS) * room
 
     def opening_bytes(self, tokens: int) -> int:
         """What opening a stored session reads of its blocks: their keys for the index."""
-        return self.blocks(tokens) * self.shape.repr_bytes
+        return self.blocks(tokens) * self.shape.layers * self.shape.key_bytes
 
     @property
     def device_bytes(self) -> int:

@@ -1,186 +1,281 @@
-"""The bytes of a sealed block, in host memory and on disk alike, and the append-only files that hold them.
+"""The files of a session's sealed blocks: append-only segments at a fixed stride, where a place follows from a number.
 
-A *record* is one block of one session, all memory layers together, at a fixed stride: a block's place follows from
-its number. Records in host memory have the same bytes, so a commit is a plain write and a resume is a memory map.
+    segment = page of 4096 bytes: magic, JSON (shape, number, the segment's own id), zeros, CRC-32
+            | the keys that stand for its blocks: SEGMENT_BLOCKS x (layers, kv_heads, head_dim) in the model's dtype
+            | up to SEGMENT_BLOCKS records (``planes``)
 
-    record   = keys and values (layers, 2, kv_heads, block_size, head_dim)
-             | representatives (layers, kv_heads, head_dim)
-             | CRC-32 of each layer's keys and values, then of the representatives
-             | zeros up to a multiple of 4096 bytes
-    segment  = header of 4096 bytes (magic, JSON, zeros, CRC-32), then up to ``SEGMENT_BLOCKS`` records
+A block's keys and values are read, and checked, plane by plane when they are needed; the keys that stand for blocks all
+at once when a session is opened. What was committed is never overwritten. What lies past the committed number of blocks
+is a leftover of a crash and is written over.
 
-Committed records are never overwritten; what lies past the committed number of blocks is a leftover of a crash and
-is written over by the next commit.
+Which files these must be is written elsewhere, in the session's tail, as ``Marks``: a segment in another's place, of
+another session or of another time is found out.
 """
 
 from __future__ import annotations
 
 import json
-import mmap
 import os
+import uuid
 import zlib
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from infllm_agent.errors import CorruptSession
+from infllm_agent.files import share, sync_folder
+from infllm_agent.planes import CRC_BYTES, BlockShape, checksum
+from infllm_agent.threads import in_parallel
 
 PAGE = 4096
-MAGIC = b"INFLLM-KV1\n"
-SEGMENT_BLOCKS = 64
+MAGIC = b"INFLLM-KV2\n"
+SEGMENT_BLOCKS = 128
+ID_BYTES = 16
+#: Most buffers of one write; systems allow 1024.
+BUFFERS = 512
+#: Planes that are worth a thread of their own to read.
+READ_TOGETHER = 32
 
 
-@dataclass(frozen=True)
-class BlockShape:
-    """What a block holds. ``dtype`` is a torch dtype's name, such as ``bfloat16``."""
+class Marks(NamedTuple):
+    """What is known of the segments besides their files."""
 
-    layers: int
-    kv_heads: int
-    block_size: int
-    head_dim: int
-    dtype: str
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return getattr(torch, self.dtype)  # type: ignore[no-any-return]
-
-    @property
-    def layer_bytes(self) -> int:
-        """Bytes of one layer's keys and values."""
-        return 2 * self.kv_heads * self.block_size * self.head_dim * self.torch_dtype.itemsize
-
-    @property
-    def repr_bytes(self) -> int:
-        """Bytes of all layers' representatives."""
-        return self.layers * self.kv_heads * self.head_dim * self.torch_dtype.itemsize
-
-    @property
-    def stride(self) -> int:
-        """Bytes from one record to the next."""
-        used = self.layers * self.layer_bytes + self.repr_bytes + 4 * (self.layers + 1)
-        return -(-used // PAGE) * PAGE
-
-
-class Records:
-    """Typed views of ``count`` records lying in one buffer of bytes (host memory or a memory map)."""
-
-    def __init__(self, shape: BlockShape, buffer: Tensor) -> None:
-        self.shape = shape
-        self.count = buffer.numel() // shape.stride
-        self.bytes = buffer[: self.count * shape.stride].view(self.count, shape.stride)
-        kv_bytes = shape.layers * shape.layer_bytes
-        heads, dim = shape.kv_heads, shape.head_dim
-        #: (count, layers, 2, kv_heads, block_size, head_dim)
-        self.kv = _typed(self.bytes[:, :kv_bytes], shape.torch_dtype).view(
-            self.count, shape.layers, 2, heads, shape.block_size, dim
-        )
-        #: (count, layers, kv_heads, head_dim)
-        self.representatives = _typed(self.bytes[:, kv_bytes : kv_bytes + shape.repr_bytes], shape.torch_dtype).view(
-            self.count, shape.layers, heads, dim
-        )
-        crc_start = kv_bytes + shape.repr_bytes
-        self._crcs = self.bytes[:, crc_start : crc_start + 4 * (shape.layers + 1)].numpy().view("<u4")
+    ids: Tensor  # (segments, 16) uint8
+    crcs: Tensor  # (segments,) int64: the CRC-32 of the keys of each segment's blocks, as far as they count
 
     @classmethod
-    def empty(cls, shape: BlockShape, count: int, *, pin: bool = False) -> Records:
-        """Records in new host memory; pinned where blocks are to be copied to a GPU."""
-        return cls(shape, torch.zeros(count * shape.stride, dtype=torch.uint8, pin_memory=pin))
-
-    def seal(self, index: int) -> None:
-        """Write the checksums of record ``index``."""
-        self._crcs[index] = self._checksums(index)
-
-    def verify_representatives(self, index: int) -> bool:
-        """Whether the representatives of record ``index`` are as they were sealed."""
-        start = self.shape.layers * self.shape.layer_bytes
-        return self._crc(index, start, self.shape.repr_bytes) == int(self._crcs[index, -1])
-
-    def verify_layer(self, index: int, layer: int) -> bool:
-        """Whether one layer's keys and values of record ``index`` are as they were sealed."""
-        size = self.shape.layer_bytes
-        return self._crc(index, layer * size, size) == int(self._crcs[index, layer])
-
-    def _checksums(self, index: int) -> list[int]:
-        size = self.shape.layer_bytes
-        layers = [self._crc(index, layer * size, size) for layer in range(self.shape.layers)]
-        return [*layers, self._crc(index, self.shape.layers * size, self.shape.repr_bytes)]
-
-    def _crc(self, index: int, start: int, size: int) -> int:
-        return zlib.crc32(self.bytes[index, start : start + size].numpy().data)
+    def none(cls) -> Marks:
+        return cls(torch.empty((0, ID_BYTES), dtype=torch.uint8), torch.empty(0, dtype=torch.int64))
 
 
-def _typed(raw: Tensor, dtype: torch.dtype) -> Tensor:
-    # A strided row of bytes cannot be viewed as another type in general, but all our offsets are aligned.
-    return raw.view(dtype)
+class BlockFiles:
+    """The first ``count`` blocks of a session, in the files of its folder."""
+
+    def __init__(self, folder: Path, shape: BlockShape, count: int = 0, marks: Marks | None = None) -> None:
+        """
+        Raises:
+            CorruptSession: there are not as many marks as segments.
+        """
+        marks = marks or Marks.none()
+        self.folder = folder
+        self.shape = shape
+        self.count = count
+        self._ids = [bytes(row.tolist()) for row in marks.ids]
+        self._crcs: list[int] = marks.crcs.tolist()
+        self._known: set[int] = set()  # segments whose head was read and is right
+        if not len(self._ids) == len(self._crcs) == -(-count // SEGMENT_BLOCKS):
+            raise CorruptSession(f"{folder}: the tail names {len(self._ids)} segments, but there are {count} blocks")
+
+    @property
+    def marks(self) -> Marks:
+        ids = np.frombuffer(b"".join(self._ids), dtype=np.uint8).reshape(-1, ID_BYTES).copy()
+        return Marks(torch.from_numpy(ids), torch.tensor(self._crcs, dtype=torch.int64))
+
+    # -- writing -----------------------------------------------------------------------------------------------------
+
+    def append(self, records: Sequence[Tensor], keys: Sequence[Tensor]) -> None:
+        """Write the next blocks and put them on stable storage. They count only once the session's database says so.
+
+        Args:
+            records: each (stride,) uint8 with its checksums.
+            keys: each (layers · kv_heads · head_dim · itemsize,) uint8.
+
+        Raises:
+            OSError: nothing of it counts; what was there before is whole.
+        """
+        ids, crcs, done = list(self._ids), list(self._crcs), 0
+        while done < len(records):
+            segment, index = divmod(self.count + done, SEGMENT_BLOCKS)
+            batch = slice(done, done + SEGMENT_BLOCKS - index)
+            new = index == 0
+            if new:
+                ids[segment:], crcs[segment:] = [uuid.uuid4().bytes], [0]
+                self._known.discard(segment)
+                with suppress(FileNotFoundError):  # a leftover: its inode may be another session's too
+                    os.unlink(segment_path(self.folder, segment))
+            rows = [row.numpy().data for row in keys[batch]]
+            for row in rows:
+                crcs[segment] = zlib.crc32(row, crcs[segment])
+            flags = os.O_WRONLY | os.O_CLOEXEC | (os.O_CREAT | os.O_EXCL if new else 0)
+            descriptor = os.open(segment_path(self.folder, segment), flags, 0o600)
+            try:
+                if new:
+                    _write(descriptor, [memoryview(self._head(segment, ids[segment]))], 0)
+                _write(descriptor, rows, PAGE + index * self._row_bytes)
+                _write(descriptor, [record.numpy().data for record in records[batch]], self._place(index))
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            if new:
+                sync_folder(self.folder)
+            done += len(rows)
+        self._ids, self._crcs = ids, crcs
+        self.count += done
+
+    def fork(self, folder: Path, count: int, shared: int) -> BlockFiles:
+        """The first ``count`` blocks in another folder.
+
+        Args:
+            shared: so many of them never change here. Segments that they fill are immutable: both folders name the same
+                files (hard links). The rest is copied.
+
+        Raises:
+            OSError, CorruptSession.
+        """
+        full = min(count, shared) // SEGMENT_BLOCKS
+        for segment in range(full):
+            with self._open(segment):  # is it the one?
+                share(segment_path(self.folder, segment), segment_path(folder, segment))
+        marks = self.marks
+        fork = BlockFiles(folder, self.shape, full * SEGMENT_BLOCKS, Marks(marks.ids[:full], marks.crcs[:full]))
+        for first in range(fork.count, count, SEGMENT_BLOCKS):
+            blocks = range(first, min(count, first + SEGMENT_BLOCKS))
+            keys = self._keys(first // SEGMENT_BLOCKS, len(blocks))
+            fork.append([self.record(block) for block in blocks], list(keys))
+        return fork
+
+    # -- reading -----------------------------------------------------------------------------------------------------
+
+    def read(self, blocks: Sequence[int], plane: int, into: np.ndarray[tuple[int, int], np.dtype[np.uint8]]) -> None:
+        """Read one plane of some blocks, several at once.
+
+        Args:
+            blocks: ascending.
+            into: (len(blocks), ≥ plane_bytes) uint8.
+
+        Raises:
+            CorruptSession: a file is missing, too short, another one, or a plane fails its checksum.
+        """
+        in_parallel(
+            lambda part: self._read(blocks[part], plane, into[part]),
+            [slice(at, at + READ_TOGETHER) for at in range(0, len(blocks), READ_TOGETHER)],
+        )
+
+    def _read(self, blocks: Sequence[int], plane: int, into: np.ndarray[tuple[int, int], np.dtype[np.uint8]]) -> None:
+        size, place = self.shape.plane_bytes(plane), self.shape.place(plane)
+        done = 0
+        while done < len(blocks):
+            segment = blocks[done] // SEGMENT_BLOCKS
+            with self._open(segment) as descriptor:
+                while done < len(blocks) and blocks[done] // SEGMENT_BLOCKS == segment:
+                    block, data, crc = blocks[done], into[done, :size].data, bytearray(CRC_BYTES)
+                    at = self._place(block % SEGMENT_BLOCKS) + place
+                    whole = os.preadv(descriptor, [data, crc], at) == size + CRC_BYTES
+                    if not whole or checksum(data, block, plane) != crc:
+                        raise self._damage(block, plane)
+                    done += 1
+
+    def record(self, block: int) -> Tensor:
+        """A whole record (stride,) uint8, checked."""
+        record = np.zeros(self.shape.stride, dtype=np.uint8)
+        with self._open(block // SEGMENT_BLOCKS) as descriptor:
+            os.preadv(descriptor, [record.data], self._place(block % SEGMENT_BLOCKS))
+        for plane in range(self.shape.planes):
+            start = self.shape.place(plane)
+            stop = start + self.shape.plane_bytes(plane)
+            if checksum(record[start:stop].data, block, plane) != record[stop : stop + CRC_BYTES].tobytes():
+                raise self._damage(block, plane)
+        return torch.from_numpy(record)
+
+    def keys(self, into: Sequence[Tensor]) -> None:
+        """Read the keys that stand for the blocks, in the model's dtype.
+
+        Args:
+            into: for each layer (count, kv_heads, head_dim), of any float type, on any device.
+
+        Raises:
+            CorruptSession.
+        """
+        shape = self.shape
+
+        def load(segment: int) -> None:
+            first = segment * SEGMENT_BLOCKS
+            rows = self._keys(segment, min(SEGMENT_BLOCKS, self.count - first)).view(shape.torch_dtype)
+            for layer, part in enumerate(rows.view(-1, shape.layers, shape.kv_heads, shape.head_dim).unbind(1)):
+                into[layer][first : first + part.shape[0]] = part
+
+        in_parallel(load, range(len(self._ids)))
+
+    def _keys(self, segment: int, count: int) -> Tensor:
+        """The keys of a segment's first blocks, (count, bytes) uint8, checked as far as the marks go."""
+        path = segment_path(self.folder, segment)
+        known = min(SEGMENT_BLOCKS, self.count - segment * SEGMENT_BLOCKS)
+        rows = np.empty((known, self._row_bytes), dtype=np.uint8)
+        with self._open(segment) as descriptor:
+            got = os.preadv(descriptor, [rows.data.cast("B")], PAGE)
+        if got < rows.nbytes or zlib.crc32(rows.data) != self._crcs[segment]:
+            raise CorruptSession(f"{path}: the keys of its blocks fail their checksum")
+        return torch.from_numpy(rows[:count])
+
+    def damages(self) -> Iterator[str]:
+        """Read everything; one line for each file that is damaged, naming its first damage."""
+        for segment in range(len(self._ids)):
+            first = segment * SEGMENT_BLOCKS
+            try:
+                self._known.discard(segment)
+                self._keys(segment, 1)
+                for block in range(first, min(self.count, first + SEGMENT_BLOCKS)):
+                    self.record(block)
+            except CorruptSession as error:
+                yield str(error)
+
+    @contextmanager
+    def _open(self, segment: int) -> Iterator[int]:
+        path = segment_path(self.folder, segment)
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError as error:
+            raise CorruptSession(f"{path}: {error.strerror}") from error
+        try:
+            if segment not in self._known:
+                if os.pread(descriptor, PAGE, 0) != self._head(segment, self._ids[segment]):
+                    raise CorruptSession(f"{path}: its head is damaged, or it is a file of another session")
+                size, count = os.fstat(descriptor).st_size, min(SEGMENT_BLOCKS, self.count - segment * SEGMENT_BLOCKS)
+                if size < self._place(count):
+                    raise CorruptSession(f"{path}: cut off at {size:,} bytes, fewer than its {count} blocks take")
+                self._known.add(segment)
+            yield descriptor
+        except OSError as error:
+            raise CorruptSession(f"{path}: {error.strerror}") from error
+        finally:
+            os.close(descriptor)
+
+    def _damage(self, block: int, plane: int) -> CorruptSession:
+        path = segment_path(self.folder, block // SEGMENT_BLOCKS)
+        what = f"layer {plane // 2}: {'values' if plane % 2 else 'keys'}"
+        return CorruptSession(f"{path}: block {block}, {what} are cut off or fail their checksum")
+
+    @property
+    def _row_bytes(self) -> int:
+        return self.shape.layers * self.shape.key_bytes
+
+    def _place(self, index: int) -> int:
+        return PAGE + SEGMENT_BLOCKS * self._row_bytes + index * self.shape.stride
+
+    def _head(self, segment: int, id: bytes) -> bytes:
+        text = json.dumps({**asdict(self.shape), "segment": segment, "id": id.hex()}, sort_keys=True).encode()
+        body = (MAGIC + text).ljust(PAGE - 4, b"\0")
+        return body + zlib.crc32(body).to_bytes(4, "little")
 
 
 def segment_path(folder: Path, segment: int) -> Path:
     return folder / f"segment-{segment:06d}.kv"
 
 
-def write_blocks(folder: Path, shape: BlockShape, first: int, records: list[Tensor]) -> int:
-    """Write consecutive sealed records, the first being block number ``first``, and fsync the files.
-
-    Args:
-        records: each (stride,) uint8.
-
-    Returns:
-        Bytes written. The blocks count only once the session's database says so.
-    """
-    written = 0
-    done = 0
-    while done < len(records):
-        segment, place = divmod(first + done, SEGMENT_BLOCKS)
-        path = segment_path(folder, segment)
-        batch = records[done : done + SEGMENT_BLOCKS - place]
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            if place == 0:
-                file.write(_header(shape, segment))
-            file.seek(PAGE + place * shape.stride)
-            for record in batch:
-                written += file.write(record.numpy().data)
-            file.flush()
-            os.fsync(file.fileno())
-        done += len(batch)
-    return written
-
-
-def map_blocks(folder: Path, shape: BlockShape, count: int, *, first_segment: int = 0) -> list[Records]:
-    """Memory-map the first ``count`` blocks of a session, one ``Records`` for each segment file from the given one on.
-
-    Raises:
-        CorruptSession: a file is missing, too short, of another shape, or its representatives fail their checksum.
-            Keys and values are verified by the reader, block by block, when first used.
-    """
-    mapped = []
-    for segment in range(first_segment, -(-count // SEGMENT_BLOCKS)):
-        path = segment_path(folder, segment)
-        in_segment = min(SEGMENT_BLOCKS, count - segment * SEGMENT_BLOCKS)
-        try:
-            with path.open("rb") as file:
-                header = file.read(PAGE)
-                if header != _header(shape, segment):
-                    raise CorruptSession(f"{path}: the header is damaged or of another session's shape")
-                size = os.fstat(file.fileno()).st_size
-                if size < PAGE + in_segment * shape.stride:
-                    raise CorruptSession(f"{path}: holds {size} bytes, fewer than its {in_segment} blocks need")
-                view = mmap.mmap(file.fileno(), PAGE + in_segment * shape.stride, access=mmap.ACCESS_COPY)
-        except OSError as error:
-            raise CorruptSession(f"{path}: {error.strerror}") from error
-        records = Records(shape, torch.from_numpy(np.frombuffer(view, dtype=np.uint8, offset=PAGE)))
-        for index in range(records.count):
-            if not records.verify_representatives(index):
-                block = segment * SEGMENT_BLOCKS + index
-                raise CorruptSession(f"{path}: block {block}: the representatives fail their checksum")
-        mapped.append(records)
-    return mapped
-
-
-def _header(shape: BlockShape, segment: int) -> bytes:
-    text = json.dumps({**asdict(shape), "segment": segment}, sort_keys=True).encode()
-    body = (MAGIC + text).ljust(PAGE - 4, b"\0")
-    return body + zlib.crc32(body).to_bytes(4, "little")
+def _write(descriptor: int, parts: list[memoryview], place: int) -> None:
+    """All of some buffers, one behind the other."""
+    for at in range(0, len(parts), BUFFERS):
+        batch = parts[at : at + BUFFERS]
+        while batch:
+            written = os.pwritev(descriptor, batch, place)
+            place += written
+            while batch and written >= batch[0].nbytes:  # a write may stop anywhere
+                written -= batch.pop(0).nbytes
+            if batch and written:
+                batch[0] = batch[0].cast("B")[written:]

@@ -1,11 +1,15 @@
-"""Where a block's bytes live: device slots (LRU) over host memory, which may be a map of files on disk."""
+"""Three tiers for the blocks of a session: device slots (LRU) over host memory (LRU) over files.
+
+``BlockCache`` is the first, of one layer. ``BlockStore`` is what lies below: sealed blocks wait in host memory to be
+written; those in files are read, a plane at a time, through the cache that all sessions share (``Tiers``).
+"""
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,167 +17,257 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from infllm_agent.blockfile import SEGMENT_BLOCKS, BlockShape, Records, map_blocks, segment_path, write_blocks
-from infllm_agent.errors import CorruptSession
+from infllm_agent.blockfile import SEGMENT_BLOCKS, BlockFiles
+from infllm_agent.errors import BudgetExceeded
+from infllm_agent.hostcache import SlotTable
+from infllm_agent.planes import CRC_BYTES, BlockShape, checksum, decode, encode
+from infllm_agent.tiers import Tiers
 
 #: Blocks that host memory is taken for at a time.
-HOST_BLOCKS = 64
-#: Written blocks stay in pinned memory until there are so many bytes of them.
-PINNED_BYTES = 1 << 28
+HOST_BLOCKS = 32
+
+
+@dataclass(frozen=True)
+class _Room:
+    """Host memory for ``size`` sealed blocks that are in no file yet, from block ``first`` on."""
+
+    first: int
+    size: int
+    records: Tensor  # (≥ size, stride) uint8, as they will be written
+    keys: Tensor  # (≥ size, layers, key_bytes) uint8
+
+    @classmethod
+    def new(cls, shape: BlockShape, first: int, *, pin: bool) -> _Room:
+        records = torch.zeros((HOST_BLOCKS, shape.stride), dtype=torch.uint8, pin_memory=pin)
+        return cls(
+            first, HOST_BLOCKS, records, torch.zeros((HOST_BLOCKS, shape.layers, shape.key_bytes), dtype=torch.uint8)
+        )
+
+    @property
+    def stop(self) -> int:
+        return self.first + self.size
+
+    @property
+    def nbytes(self) -> int:
+        return self.records.nbytes + self.keys.nbytes
+
+
+class StoreCounters(NamedTuple):
+    """Planes found in host memory, and read from files."""
+
+    host: int
+    disk: int
 
 
 class BlockStore:
     """All sealed blocks of a session, below the device. Blocks are numbered from 0 and never change.
 
-    New blocks lie in host memory; once they are in the session's files they are memory-mapped from there, verified
-    when first read.
+    Attributes:
+        count: of all blocks.
+        stored: how many, the first ones, are in files.
+        counters: what was asked for so far.
     """
 
-    def __init__(self, shape: BlockShape, *, pin: bool = False) -> None:
+    def __init__(self, shape: BlockShape, tiers: Tiers | None = None) -> None:
         self.shape = shape
-        self._pin = pin
-        self._segments: list[Records] = []
-        self._bases: list[int] = []  # number of the first block of each segment
-        self.folder: Path | None = None  # of the mapped files, for errors that name them
-        self._unverified = np.zeros((0, shape.layers), dtype=np.bool_)  # of the mapped blocks, what is not checked yet
-        self.mapped = 0  # blocks that lie in mapped files
-        self.mapped_reads = 0  # how often ``get`` found one there
+        self.tiers = tiers or Tiers()
         self.count = 0
+        self.stored = 0
+        self.counters = StoreCounters(0, 0)
+        self._files: BlockFiles | None = None
+        self._own = False  # whether the files are its own to write to
+        self._rooms: list[_Room] = []  # of blocks from ``stored`` on
+        self._cache = self.tiers.cache(shape)
+        self._table = SlotTable(shape.planes)
+        self.tiers.hold(self)
+
+    @property
+    def files(self) -> BlockFiles:
+        """Of the stored blocks."""
+        if self._files is None:
+            raise ValueError("this memory belongs to no session: its blocks are in no files")
+        return self._files
+
+    def least_host_bytes(self) -> int:
+        """A budget under which a session can work: a quarter of it takes what a few chunks seal."""
+        return 4 * 4 * self._room_bytes
+
+    @property
+    def _room_bytes(self) -> int:
+        return HOST_BLOCKS * (self.shape.stride + self.shape.layers * self.shape.key_bytes)
+
+    # -- what comes in ----------------------------------------------------------------------------------------------
+
+    def reserve(self, blocks: int) -> None:
+        """Make sure of host memory for so many blocks more: write what waits if there is not enough.
+
+        Raises:
+            BudgetExceeded: they do not fit, and there is no file to write to.
+            OSError: nothing was lost.
+        """
+        lack = blocks - (self._rooms[-1].stop - self.count if self._rooms else 0)
+        if lack <= 0:
+            return
+        more = -(-lack // HOST_BLOCKS) * self._room_bytes
+        try:
+            self.tiers.reserve_host(more)
+        except BudgetExceeded:
+            if not self._own:
+                raise
+            self.write()
 
     def add(self, count: int) -> int:
         """Room for ``count`` more blocks, to be filled with ``put`` for every layer; returns the first one's number."""
         first = self.count
         self.count += count
-        while not self._segments or self.count > self._bases[-1] + self._segments[-1].count:
-            base = self._bases[-1] + self._segments[-1].count if self._segments else 0
-            self._segments.append(Records.empty(self.shape, HOST_BLOCKS, pin=self._pin))
-            self._bases.append(base)
+        while not self._rooms or self.count > self._rooms[-1].stop:
+            stop = self._rooms[-1].stop if self._rooms else first
+            self._rooms.append(_Room.new(self.shape, stop, pin=self.tiers.pin))
         return first
 
-    def put(self, first: int, layer: int, k: Tensor, v: Tensor, representatives: Tensor) -> None:
-        """Store one layer of consecutive blocks: ``k``, ``v`` (count, kv_heads, block_size, head_dim) and the
-        representative keys (count, kv_heads, head_dim)."""
-        done = 0
-        while done < len(k):
-            records, index = self._locate(first + done)
-            here = min(len(k) - done, records.count - index)
-            into, part = slice(index, index + here), slice(done, done + here)
-            records.kv[into, layer, 0] = k[part].to("cpu")
-            records.kv[into, layer, 1] = v[part].to("cpu")
-            records.representatives[into, layer] = representatives[part].to("cpu")
-            done += here
+    def put(self, first: int, layer: int, k: Tensor, v: Tensor, keys: Tensor) -> None:
+        """Store one layer of consecutive blocks.
 
-    def get(self, block: int, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values (kv_heads, block_size, head_dim) of one layer, as views of host memory.
+        Args:
+            k, v: (count, kv_heads, block_size, head_dim).
+            keys: (count, kv_heads, head_dim), what stands for each block, in the model's dtype.
+        """
+        shape, count = self.shape, k.shape[0]
+        rows = [encode(x, plane, shape) for plane, x in ((2 * layer, k), (2 * layer + 1, v))]
+        names = keys.to("cpu", shape.torch_dtype).contiguous().view(count, -1).view(torch.uint8)
+        for room, into in self._waiting(first, first + count):
+            part = slice(room.first + into.start - first, room.first + into.stop - first)
+            for plane, row in zip((2 * layer, 2 * layer + 1), rows, strict=True):
+                start = shape.place(plane)
+                room.records[into, start : start + shape.plane_bytes(plane)] = row[part]
+            room.keys[into, layer] = names[part]
+
+    # -- what goes out ----------------------------------------------------------------------------------------------
+
+    def keys(self, blocks: Sequence[int], layer: int, device: torch.device | None = None) -> Tensor:
+        """Keys (len(blocks), kv_heads, block_size, head_dim) of one layer's ``blocks``, ascending.
 
         Raises:
             CorruptSession: the stored bytes fail their checksum.
         """
-        records, index = self._locate(block)
-        self._verify(records, index, block, layer)
-        self.mapped_reads += block < self.mapped
-        return records.kv[index, layer, 0], records.kv[index, layer, 1]
+        return self._planes(blocks, 2 * layer, device)
 
-    def keys(self, blocks: Sequence[int], layer: int) -> Tensor:
-        """Keys (kv_heads, len(blocks), block_size, head_dim) of one layer's ``blocks``, ascending, copied together on
-        the CPU.
+    def values(self, blocks: Sequence[int], layer: int, device: torch.device | None = None) -> Tensor:
+        """As ``keys``."""
+        return self._planes(blocks, 2 * layer + 1, device)
 
-        Raises:
-            CorruptSession: the stored bytes fail their checksum.
-        """
-        shape = self.shape
-        size = (len(blocks), shape.kv_heads, shape.block_size, shape.head_dim)
-        keys = torch.empty(size, dtype=shape.torch_dtype, pin_memory=self._pin)
-        mapped = np.array(blocks[: bisect_left(blocks, self.mapped)], dtype=np.int64)
-        for block in mapped[self._unverified[mapped, layer]].tolist():
-            self._verify(*self._locate(block), block, layer)
-        wanted = torch.tensor(blocks)
-        edges = np.searchsorted(blocks, [*self._bases, self.count]).tolist()
-        for records, base, (start, stop) in zip(self._segments, self._bases, pairwise(edges), strict=True):
-            if start < stop:
-                torch.index_select(records.kv[:, layer, 0], 0, wanted[start:stop] - base, out=keys[start:stop])
-        return keys.transpose(0, 1)
+    def _planes(self, blocks: Sequence[int], plane: int, device: torch.device | None) -> Tensor:
+        if blocks and not 0 <= blocks[0] <= blocks[-1] < self.count:
+            raise ValueError(f"blocks {blocks[0]} to {blocks[-1]} are not all stored; there are {self.count}")
+        shape, stored = self.shape, bisect_left(blocks, self.stored)
+        size = shape.plane_bytes(plane)
+        raw = torch.empty((len(blocks), self._cache.slot_bytes), dtype=torch.uint8, pin_memory=self.tiers.pin)
+        read = 0
+        if stored:
+            files = self.files
+            read = self._cache.gather(
+                self._table,
+                plane,
+                np.array(blocks[:stored], dtype=np.int64),
+                raw[:stored],
+                lambda wanted, into: files.read(wanted.tolist(), plane, into.numpy()),
+            )
+        self.counters = StoreCounters(self.counters.host + len(blocks) - read, self.counters.disk + read)
+        place, wanted = shape.place(plane), torch.tensor(blocks)
+        for room in self._rooms if stored < len(blocks) else ():
+            here = slice(bisect_left(blocks, room.first), bisect_left(blocks, room.stop))
+            if here.start < here.stop:
+                raw[here, :size] = room.records[:, place : place + size].index_select(0, wanted[here] - room.first)
+        if device is not None and device.type != "cpu":
+            raw = raw.to(device, non_blocking=True)
+        return decode(raw, plane, shape)
 
-    def _verify(self, records: Records, index: int, block: int, layer: int) -> None:
-        if block >= self.mapped or not self._unverified[block, layer]:
-            return
-        if not records.verify_layer(index, layer):
-            assert self.folder is not None
-            path = segment_path(self.folder, block // SEGMENT_BLOCKS)
-            raise CorruptSession(f"{path}: block {block}, layer {layer}: keys and values fail their checksum")
-        self._unverified[block, layer] = False
+    # -- files -------------------------------------------------------------------------------------------------------
 
-    def representatives(self, first: int, stop: int) -> Tensor:
-        """Representatives of blocks ``first .. stop - 1``: (stop - first, layers, kv_heads, head_dim)."""
-        shape = self.shape
-        rows = torch.empty((stop - first, shape.layers, shape.kv_heads, shape.head_dim), dtype=shape.torch_dtype)
-        for row, block in zip(rows, range(first, stop), strict=True):
-            records, index = self._locate(block)
-            row.copy_(records.representatives[index])
-        return rows
+    @classmethod
+    def of(cls, files: BlockFiles) -> BlockStore:
+        """A store of what is in some files."""
+        store = cls(files.shape)
+        store.attach(files)
+        return store
 
-    def write_new(self, folder: Path, first: int) -> int:
-        """Write blocks ``first .. count - 1`` to the session's files and fsync them. Returns bytes written."""
-        rows = []
-        for block in range(first, self.count):
-            records, index = self._locate(block)
-            if block >= self.mapped:  # those keep the checksums they came with: damage must not be sealed in
-                records.seal(index)
-            rows.append(records.bytes[index])
-        return write_blocks(folder, self.shape, first, rows)
+    def attach(self, files: BlockFiles) -> None:
+        """Of an empty store: its blocks are those of the files, and new ones will be written there."""
+        if self.count:
+            raise ValueError(f"this store holds {self.count} blocks already")
+        self._files, self._own = files, True
+        self.count = self.stored = files.count
 
-    def host_bytes_with(self, unwritten: int) -> int:
-        """Most bytes of host memory held when never more than so many blocks wait to be written."""
-        segments = -(-unwritten // HOST_BLOCKS) + 1
-        return segments * HOST_BLOCKS * self.shape.stride + (PINNED_BYTES if self._pin else 0)
-
-    def release_written(self, folder: Path) -> None:
-        """All blocks are in the session's files: give host memory back, and read them from there. Pinned memory, from
-        which a GPU loads faster, is kept up to ``PINNED_BYTES``."""
-        if self.host_bytes() > (PINNED_BYTES if self._pin else 0):
-            self.map(folder, self.count)
-
-    def map(self, folder: Path, count: int) -> None:
-        """Take ``count`` blocks, those already mapped among them, from a session's files instead of host memory. In an
-        empty store they are those of an earlier process.
+    def write(self) -> None:
+        """Put all blocks that wait on stable storage, and give their host memory back.
 
         Raises:
-            CorruptSession: a file is missing or damaged.
+            OSError, BudgetExceeded: nothing is lost, and what was in the files is whole.
         """
-        if self.count not in (0, count):
-            raise ValueError(f"this store holds {self.count} blocks; {count} of a file cannot take their place")
-        whole = self.mapped // SEGMENT_BLOCKS if folder == self.folder else 0
-        known = self._unverified[: whole * SEGMENT_BLOCKS]
-        self._segments = [*self._segments[:whole], *map_blocks(folder, self.shape, count, first_segment=whole)]
-        self._bases = [i * SEGMENT_BLOCKS for i in range(len(self._segments))]
-        self.folder = folder
-        self._unverified = np.concatenate([known, np.ones((count - len(known), self.shape.layers), dtype=np.bool_)])
-        self.count = self.mapped = count
+        if not self._own:
+            raise ValueError("the files of these blocks belong to another session")
+        records: list[Tensor] = []
+        keys: list[Tensor] = []
+        for room, part in self._waiting(self.stored, self.count):
+            for index in range(part.start, part.stop):
+                self._seal(room.records[index], room.first + index)
+            records += room.records[part].unbind()
+            keys += room.keys[part].flatten(1).unbind()
+        if records:
+            self.tiers.reserve_disk(sum(part.nbytes for part in [*records, *keys]))
+            self.files.append(records, keys)
+        self.stored, self._rooms = self.count, []
+
+    def move(self, folder: Path, shared: int) -> None:
+        """Have files of its own in a new folder, with all blocks.
+
+        Args:
+            shared: how many of the first blocks will never change in the files they are in. Those are not copied, as
+                far as they fill segments.
+
+        Raises:
+            OSError, CorruptSession, BudgetExceeded.
+        """
+        if self._files is None:
+            self._files = BlockFiles(folder, self.shape)
+        else:
+            copied = self.stored - min(self.stored, shared) // SEGMENT_BLOCKS * SEGMENT_BLOCKS
+            self.tiers.reserve_disk(copied * self.shape.stride)
+            self._files = self._files.fork(folder, self.stored, shared)
+        self._own = True
+        self.write()
 
     def fork(self, count: int) -> BlockStore:
-        """An independent store of the first ``count`` blocks. Nothing is copied; its own go to new segments."""
-        fork = BlockStore(self.shape, pin=self._pin)
-        fork.folder, fork.mapped, fork.count = self.folder, min(self.mapped, count), count
-        fork._unverified = self._unverified[:count]  # shared: both read the same map
-        for base, records in zip(self._bases, self._segments, strict=True):
-            if base >= count:
-                break
-            if count - base < records.count:  # what room there is behind is the original's
-                records = Records(self.shape, records.bytes[: count - base].view(-1))
-            fork._segments.append(records)
-            fork._bases.append(base)
+        """An independent store of the first ``count`` blocks. Nothing is copied. It reads this one's files until it is
+        moved to its own."""
+        fork = BlockStore(self.shape, self.tiers)
+        fork.count, fork.stored, fork._files = count, min(count, self.stored), self._files
+        # What room there is behind is the original's.
+        fork._rooms = [replace(r, size=min(r.size, count - r.first)) for r in self._rooms if r.first < count]
         return fork
 
-    def host_bytes(self) -> int:
-        """Bytes of host memory held, mapped files not counted. May be asked while another thread adds blocks."""
-        held = zip(self._bases, self._segments, strict=False)
-        return sum(records.bytes.numel() for base, records in held if base >= self.mapped)
+    def _waiting(self, first: int, stop: int) -> Iterator[tuple[_Room, slice]]:
+        """Where blocks ``first`` to ``stop - 1``, which wait, lie: in each room, the places."""
+        for room in self._rooms:
+            here = slice(max(first, room.first) - room.first, min(stop, room.stop) - room.first)
+            if here.start < here.stop:
+                yield room, here
 
-    def _locate(self, block: int) -> tuple[Records, int]:
-        if not 0 <= block < self.count:
-            raise ValueError(f"block {block} is not stored; there are {self.count}")
-        segment = bisect_right(self._bases, block) - 1
-        return self._segments[segment], block - self._bases[segment]
+    def _seal(self, record: Tensor, block: int) -> None:
+        """Put the checksums behind a record's planes."""
+        data = record.numpy()
+        for plane in range(self.shape.planes):
+            start = self.shape.place(plane)
+            stop = start + self.shape.plane_bytes(plane)
+            data[stop : stop + CRC_BYTES] = np.frombuffer(checksum(data[start:stop].data, block, plane), dtype=np.uint8)
+
+    def unwritten(self) -> dict[int, int]:
+        """Bytes of host memory by the address of what holds them, which forks share. Any thread may ask."""
+        return {room.records.data_ptr(): room.nbytes for room in list(self._rooms)}
+
+    def host_bytes(self) -> int:
+        """Bytes of host memory for blocks that wait to be written. The cache is the runtime's and not counted."""
+        return sum(self.unwritten().values())
 
 
 class CacheCounters(NamedTuple):
@@ -197,11 +291,12 @@ class BlockCache:
         self._hits = 0
         self._misses = 0
 
-    def fetch(self, blocks: Sequence[int], load: Callable[[int], tuple[Tensor, Tensor]]) -> list[int]:
+    def fetch(self, blocks: Sequence[int], load: Callable[[list[int]], tuple[Tensor, Tensor]]) -> list[int]:
         """The slots of ``blocks``, loading those that are absent. None of ``blocks`` is evicted for another of them.
 
         Args:
-            load: gives a block's keys and values, each (kv_heads, block_size, head_dim), on any device.
+            load: gives the keys and values of absent blocks, in their order, each (n, kv_heads, block_size, head_dim),
+                on the device.
 
         Raises:
             ValueError: more blocks than slots.
@@ -214,12 +309,13 @@ class BlockCache:
                 self._slot_of.move_to_end(block)
         self._hits += len(blocks) - len(missing)
         self._misses += len(missing)
-        for block in missing:
-            k, v = load(block)  # before anything is evicted: a failed load leaves the cache as it was
-            slot = self._free.pop() if self._free else self._slot_of.popitem(last=False)[1]
-            self.k[:, slot].copy_(k, non_blocking=True)
-            self.v[:, slot].copy_(v, non_blocking=True)
-            self._slot_of[block] = slot
+        if missing:
+            k, v = load(missing)  # before anything is evicted: a failed load leaves the cache as it was
+            slots = [self._free.pop() if self._free else self._slot_of.popitem(last=False)[1] for _ in missing]
+            where = torch.tensor(slots, device=self.k.device)
+            self.k.index_copy_(1, where, k.transpose(0, 1))
+            self.v.index_copy_(1, where, v.transpose(0, 1))
+            self._slot_of.update(zip(missing, slots, strict=True))
         return [self._slot_of[block] for block in blocks]
 
     def __contains__(self, block: int) -> bool:

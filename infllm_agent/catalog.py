@@ -21,7 +21,8 @@ from typing import Any
 
 from infllm_agent.database import CATALOG_SCHEMA, SESSION_SCHEMA, connect, storage_errors, transaction
 from infllm_agent.errors import CorruptSession, InfLLMError, InvalidName, StorageError, UnknownSession
-from infllm_agent.locks import WriterLock, exclusive, sync_folder
+from infllm_agent.files import sync_folder
+from infllm_agent.locks import WriterLock, exclusive
 from infllm_agent.records import read_generation, read_session
 
 log = logging.getLogger(__name__)

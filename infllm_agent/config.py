@@ -13,6 +13,7 @@ from infllm_agent.errors import ConfigError
 BlockKey = Literal["representatives", "mean"]
 Lookup = Literal["similarity", "votes"]
 Positions = Literal["one_angle", "contiguous"]
+BlockDtype = Literal["model", "int8"]
 
 #: Of which tokens a session records what they attended to: none; those of the question, the first of the answer and
 #: some later ones; all of the answer. No part of a session's fingerprint, because it changes no result.
@@ -79,6 +80,10 @@ class MemoryConfig(Settings):
     )
     question_tail: int = Field(64, ge=0, description="how many of the last tokens before an answer go in such chunks")
     max_cached_block: int = Field(256, ge=0, description="blocks kept on the device per layer (LRU)")
+    block_dtype: BlockDtype = Field(
+        "model",
+        description="how blocks are stored below the device: as the model computes, or as int8, in half the bytes",
+    )
     positions: Positions = Field(
         "contiguous",
         description="contiguous: sinks, looked-up blocks in their order and window as if nothing lay between them; "
@@ -121,6 +126,7 @@ class MemoryConfig(Settings):
             "lookup": "similarity",
             "candidates": 0,
             "question_tail": 0,
+            "block_dtype": "model",
         }
         return cls(**{**before_there_was_a_choice, **stored})
 
@@ -178,11 +184,20 @@ class RuntimeConfig(Settings):
         description="of which tokens it is kept what they attended to: off; sampled, those of the question, the first "
         "16 of an answer and every 16th after them, in every second layer in turn; on, all of them",
     )
-    open_bytes: int | None = Field(
+    device_budget: int | None = Field(
         None,
         ge=0,
-        description="ceiling for the memories of all open sessions together, on the device and the host: idle ones are "
-        "closed to make room, others wait; None: no ceiling",
+        description="ceiling for what all open sessions together take of the device: idle ones are closed to make "
+        "room, others wait; None: no ceiling",
+    )
+    host_budget: int | None = Field(
+        None,
+        ge=0,
+        description="ceiling for blocks in host memory, of all open sessions together: the least recently used go, and "
+        "are read from disk again; None: 1 GiB for these, no ceiling for what is not committed yet",
+    )
+    disk_budget: int | None = Field(
+        None, ge=0, description="ceiling for all that is under the root: a commit over it fails; None: no ceiling"
     )
     idle_s: float = Field(600.0, ge=0, description="a session that nothing happened to for so long is closed")
     workers: int = Field(

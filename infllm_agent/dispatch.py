@@ -59,7 +59,7 @@ class Dispatcher:
     """Gives sessions with something in their inboxes to workers.
 
     Those that somebody waits for go first. A session is open while it is worked on, and as long after as ``idle_s`` and
-    ``open_bytes`` allow.
+    ``device_budget`` allow.
     """
 
     def __init__(self, sessions: OpenSessions, config: RuntimeConfig) -> None:
@@ -171,11 +171,11 @@ class Dispatcher:
         with self._changed:
             if not self._ready or seconds < self.config.slice_s:
                 return False
-            return len(self._running) >= self.config.workers or self.config.open_bytes is not None
+            return len(self._running) >= self.config.workers or self.config.device_budget is not None
 
     def _make_room(self, name: str) -> bool:
         """Close idle sessions until this one fits; False if it must wait for others to become idle."""
-        ceiling = self.config.open_bytes
+        ceiling = self.config.device_budget
         if ceiling is None:
             return True
         needed = self.sessions.working_size()
@@ -186,20 +186,28 @@ class Dispatcher:
             size += sum(bytes for other, bytes in sizes.items() if other not in busy)
             if size <= ceiling:
                 return True
-            idle = [other for other in sizes if other not in busy and self.sessions.may_close(other)]
-            if idle:
-                self.sessions.close_idle(min(idle, key=lambda other: self._used.get(other, 0.0)))
-            elif self._running:
-                return False
-            else:
+            if self._close_one(sizes.keys() - busy):
+                continue
+            if not self._running:
                 self._ready.remove(name)
                 full = BudgetExceeded(
-                    f'session "{name}" and those that were opened directly need {size:,} bytes, and open_bytes is '
+                    f'session "{name}" and those that were opened directly need {size:,} bytes, and device_budget is '
                     f"{ceiling:,}: release some, or raise it"
                 )
                 self.sessions.observer.failed(name, full)
                 self._inboxes[name].fail_all(full)
-                return False
+            return False
+
+    def close_idle(self) -> bool:
+        """Close the live session that was idle for longest; whether there was one."""
+        with self._changed:
+            return self._close_one(self.sessions.open_sizes().keys() - self._running)
+
+    def _close_one(self, idle: set[str]) -> bool:
+        idle = {name for name in idle if self.sessions.may_close(name)}
+        if idle:
+            self.sessions.close_idle(min(idle, key=lambda name: self._used.get(name, 0.0)))
+        return bool(idle)
 
     def _tell(self, said: str, name: str, error: BaseException) -> None:
         self.sessions.observer.failed(name, error)

@@ -7,20 +7,16 @@ full for every session that has them.
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infllm_agent import snapshot
-from infllm_agent.blockfile import SEGMENT_BLOCKS, segment_path
 from infllm_agent.blocks import BlockStore
 from infllm_agent.catalog import SessionInfo
 from infllm_agent.config import MemoryConfig
-from infllm_agent.errors import Cancelled, CorruptSession, NeedsModel, UnknownMessage
+from infllm_agent.errors import Cancelled, NeedsModel, UnknownMessage
 from infllm_agent.memory import ContextMemory
 from infllm_agent.records import Extent, Log
 from infllm_agent.state import Division, MemoryState
@@ -61,17 +57,16 @@ def write_fork(
     Raises:
         SessionExists, InvalidName, StorageError, CorruptSession.
     """
-    tensors, record = snapshot.pack(state, config)
 
     def fill(folder: Path) -> tuple[dict[str, Any], int]:
-        full = min(shared, blocks.count) // SEGMENT_BLOCKS
-        for segment in range(full):
-            _share(segment_path(source.folder, segment), segment_path(folder, segment))
-        blocks.write_new(folder, full * SEGMENT_BLOCKS)
+        blocks.move(folder, shared)
+        tensors, record = snapshot.pack(state, config, blocks.files.marks)
         tail, crc = write_tail(folder, tensors)
         return {"memory": record, "tail": tail, "tail_crc": crc}, blocks.count
 
-    return source.fork(name, kept, log, fill)
+    store = source.fork(name, kept, log, fill)
+    blocks.files.folder = store.folder  # it was filled under another name
+    return store
 
 
 def fork_stored(root: str | PathLike[str], source: str, name: str, messages: int | None = None) -> SessionInfo:
@@ -88,9 +83,9 @@ def fork_stored(root: str | PathLike[str], source: str, name: str, messages: int
             with SessionStore.create(root, name, store.fingerprint) as fork:
                 return fork.info
         config = MemoryConfig.from_record(store.fingerprint["memory"])
-        state = snapshot.unpack(read_tail(store.folder, record["tail"], record["tail_crc"]), record["memory"])
-        blocks = BlockStore(snapshot.block_shape(state, config))
-        blocks.map(store.folder, Division.of(state.length, config).blocks)
+        tensors = read_tail(store.folder, record["tail"], record["tail_crc"])
+        state = snapshot.unpack(tensors, record["memory"])
+        blocks = BlockStore.of(snapshot.block_files(store.folder, tensors, state, config))
         tokens = store.messages(kept_messages - 1, kept_messages)[0].end if kept_messages else 0
         length = store.chunk_boundary(tokens)
         if not state.can_rewind(length, config):
@@ -119,17 +114,3 @@ def replay(
             raise Cancelled(f"stopped with {sum(chunks[-1]) - start} tokens still to read again")
         model.forward(token_ids[start : start + length], memory)
     return memory
-
-
-def _share(old: Path, new: Path) -> None:
-    """Give a file that is never written again a second name, or a copy where the file system has no hard links."""
-    with suppress(OSError):
-        os.link(old, new)
-        return
-    try:
-        shutil.copyfile(old, new)
-    except FileNotFoundError as error:
-        raise CorruptSession(f"{old}: {error.strerror}") from error
-    os.chmod(new, 0o600)
-    with open(new, "rb") as file:
-        os.fsync(file.fileno())

@@ -25,18 +25,25 @@ class BlockIndex:
         """(count, kv_heads, head_dim) float32."""
         return self._rows[: self.count]
 
+    def growth(self, count: int) -> int:
+        """Bytes more that it will take when so many blocks are appended."""
+        return (self._room(self.count + count) - self._rows.shape[0]) * self._rows[0].nbytes
+
     def append(self, keys: Tensor) -> None:
         """Add the keys (n, kv_heads, head_dim) of the next n blocks."""
         stop = self.count + keys.shape[0]
-        room = self._rows.shape[0]
-        if stop > room or self._shared:
-            if stop > room:
-                room = max(2 * room, -(-stop // INDEX_STEP) * INDEX_STEP)
+        room = self._room(stop)
+        if room > self._rows.shape[0] or self._shared:
             grown = self._rows.new_empty((room, *self._rows.shape[1:]))
             grown[: self.count] = self._rows[: self.count]
             self._rows, self._shared = grown, False
         self._rows[self.count : stop] = keys
         self.count = stop
+
+    def _room(self, count: int) -> int:
+        """For how many blocks there is room once there are ``count``."""
+        room = self._rows.shape[0]
+        return room if count <= room else max(2 * room, -(-count // INDEX_STEP) * INDEX_STEP)
 
     def fork(self, count: int) -> BlockIndex:
         """An independent index of the first ``count`` blocks: nothing is copied until it grows."""

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from infllm_agent.blockfile import BlockShape
 from infllm_agent.config import MemoryConfig
 from infllm_agent.kernels.attention import attend
 from infllm_agent.kernels.rotary import Rotary
+from infllm_agent.planes import BlockShape
 from infllm_agent.window import Window
 
 
@@ -41,7 +41,8 @@ def block_shape(config: MemoryConfig, specs: dict[int, LayerSpec], dtype: torch.
     if len(shapes) != 1:
         raise ValueError(f"layers that see everything must have one (kv_heads, head_dim), got {sorted(shapes)}")
     ((kv_heads, head_dim),) = shapes
-    return BlockShape(len(specs), kv_heads, config.block_size, head_dim, str(dtype).removeprefix("torch."))
+    name = str(dtype).removeprefix("torch.")
+    return BlockShape(len(specs), kv_heads, config.block_size, head_dim, name, config.block_dtype)
 
 
 class SlidingLayer:

@@ -1,4 +1,4 @@
-"""Locks that the kernel drops when their process ends, however it ends, and folders put on stable storage.
+"""Locks that the kernel drops when their process ends, however it ends.
 
 A forked child shares its parent's locks: they are free again only when both have let go.
 """
@@ -85,14 +85,5 @@ def exclusive(folder: Path) -> Iterator[None]:
                         raise OSError(errno.EBUSY, "locked by another process", str(folder)) from None
                     time.sleep(0.005)
         yield
-    finally:
-        os.close(descriptor)
-
-
-def sync_folder(folder: Path) -> None:
-    """Put the folder's entries (new files, renames) on stable storage. Raises OSError."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -21,6 +21,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from infllm_agent.blockfile import BlockFiles
 from infllm_agent.blocks import BlockCache, BlockStore
 from infllm_agent.config import MemoryConfig
 from infllm_agent.index import BlockIndex
@@ -29,6 +30,7 @@ from infllm_agent.kernels.lookup import attention_mass, representative_scores, s
 from infllm_agent.kernels.rotary import RotaryTable
 from infllm_agent.layers import LayerSpec, SlidingLayer, block_shape
 from infllm_agent.state import Division, LayerState, MemoryState
+from infllm_agent.tiers import Tiers
 from infllm_agent.window import Window
 
 
@@ -114,8 +116,8 @@ class MemoryLayer:
             scores = votes(asking, self.blocks.keys, scale)
         best = scores.topk(min(max(topk, config.candidates), n_blocks)).indices.sort().values
         if config.candidates:
-            keys = self.store.keys(best.tolist(), self.index).to(q.device, non_blocking=True)
-            best = best[attention_mass(asking, keys, scale).topk(topk).indices.sort().values]
+            keys = self.store.keys(best.tolist(), self.index, q.device)
+            best = best[attention_mass(asking, keys.transpose(0, 1), scale).topk(topk).indices.sort().values]
         chosen: list[int] = best.tolist()
         return chosen
 
@@ -136,8 +138,9 @@ class MemoryLayer:
             far = slice(0, self.n_far)
             self.far_k_rotated[:, far] = self.far_rotary.rotate(self.far_k[:, far], 0)
 
-    def _load(self, block: int) -> tuple[Tensor, Tensor]:
-        return self.store.get(block, self.index)
+    def _load(self, blocks: list[int]) -> tuple[Tensor, Tensor]:
+        device = self.far_k.device
+        return self.store.keys(blocks, self.index, device), self.store.values(blocks, self.index, device)
 
     @property
     def n_far(self) -> int:
@@ -261,22 +264,29 @@ class ContextMemory:
         config: sizes and rules.
         specs: one entry for each attention layer, by the model's layer number.
         dtype, device: of the model's keys and values.
+        tiers: what it may take of the device and of host memory, together with others; None: as much as it needs.
 
     Every layer that is not sliding must have the same number of key heads and the same head size.
     """
 
     def __init__(
-        self, config: MemoryConfig, specs: dict[int, LayerSpec], dtype: torch.dtype, device: torch.device
+        self,
+        config: MemoryConfig,
+        specs: dict[int, LayerSpec],
+        dtype: torch.dtype,
+        device: torch.device,
+        tiers: Tiers | None = None,
     ) -> None:
         self.config = config
         self.specs = specs
+        self.tiers = tiers or Tiers(pin=device.type == "cuda")
         self.device = device
         self.dtype = dtype
         self.recorder: Recorder | None = None
         self.length = 0  # tokens seen, since the session began
         self.n_sinks = 0
         remembering = {number: spec for number, spec in specs.items() if spec.sliding_window is None}
-        self.store = BlockStore(block_shape(config, remembering, dtype), pin=device.type == "cuda")
+        self.store = BlockStore(block_shape(config, remembering, dtype), self.tiers)
         self.layers: dict[int, MemoryLayer] = {
             number: MemoryLayer(index, spec, config, self.store, device)
             for index, (number, spec) in enumerate(remembering.items())
@@ -286,11 +296,45 @@ class ContextMemory:
             for number, spec in specs.items()
             if spec.sliding_window is not None
         }
+        self.tiers.admit(self, self.bytes())
 
     @property
     def first_window_token(self) -> int:
         """Number in the session of the window's oldest token."""
         return self.n_sinks + self.store.count * self.config.block_size
+
+    def attach(self, files: BlockFiles) -> None:
+        """Of an empty memory: its blocks are those of a session's files, and new ones will be written there.
+
+        Raises:
+            CorruptSession: a file is missing or damaged.
+            BudgetExceeded: there is no room on the device for the index.
+        """
+        layers = list(self.layers.values())
+        self.tiers.reserve_device(sum(layer.blocks.growth(files.count) for layer in layers))
+        self.store.attach(files)
+        shape = (files.count, files.shape.kv_heads, files.shape.head_dim)
+        keys = [torch.empty(shape, dtype=files.shape.torch_dtype) for _ in layers]
+        files.keys(keys)
+        for layer in layers:
+            layer.blocks.append(keys[layer.index])
+
+    def dismiss(self) -> None:
+        """It is used no more: what it takes does not count towards the budgets from now on."""
+        self.tiers.dismiss(self, self.store)
+
+    def reserve(self, n: int) -> None:
+        """Make sure of room for what ``n`` more tokens will seal. Nothing else is changed.
+
+        Raises:
+            BudgetExceeded: there is none.
+            OSError: there would be, but what waits cannot be written.
+        """
+        count = Division.of(self.length + n, self.config).blocks - self.store.count
+        if count > 0:
+            if (more := sum(layer.blocks.growth(count) for layer in self.layers.values())) > 0:
+                self.tiers.reserve_device(more)
+            self.store.reserve(count)
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, softcap: float | None = None
@@ -378,7 +422,7 @@ class ContextMemory:
         length = self.length if length is None else length
         state = self.state().rewound(length, self.config, self.store)
         blocks = Division.of(length, self.config).blocks
-        fork = ContextMemory(self.config, self.specs, self.dtype, self.device)
+        fork = ContextMemory(self.config, self.specs, self.dtype, self.device, self.tiers)
         fork.store = self.store.fork(blocks)
         for number, layer in self.layers.items():
             fork.layers[number].store = fork.store
@@ -397,8 +441,8 @@ class ContextMemory:
         return sum(layer.blocks.device_bytes() for layer in self.layers.values())
 
     def bytes(self) -> int:
-        """All that it holds, on the device and in host memory; files that are mapped not counted."""
-        return self.device_bytes() + self.index_bytes() + self.store.host_bytes()
+        """All that it takes of the device."""
+        return self.device_bytes() + self.index_bytes()
 
     def cache_counters(self) -> tuple[int, int]:
         """Device cache hits and misses so far, in blocks, over all layers."""

@@ -63,9 +63,9 @@ class Metrics(Observer):
         self._answers = counter("answers", "Answers, by how they ended.", "finish_reason")
         self._failures = counter("failures", "Work that failed, by the error's class.", "error")
         self._opened = counter("sessions_opened", "Sessions opened or made.")
-        lookups = counter("block_lookups", "Blocks brought to attend to, by where they were found.", "tier")
+        lookups = counter("block_lookups", "A block's keys or values of one layer, by where found.", "tier")
         self._device, self._host, self._disk = (lookups.labels(tier) for tier in ("device", "host", "disk"))
-        loaded = counter("block_loaded_bytes", "Keys and values of blocks copied to the device's cache.", "tier")
+        loaded = counter("block_loaded_bytes", "Keys and values of blocks as they came from a tier.", "tier")
         self._host_bytes, self._disk_bytes = loaded.labels("host"), loaded.labels("disk")
         forward = histogram("forward_seconds", "One forward, waiting for its turn included.", FORWARD_S, "kind")
         self._decode, self._prefill = forward.labels("decode"), forward.labels("prefill")
@@ -124,18 +124,17 @@ class Metrics(Observer):
 
     @contextmanager
     def reading(self, memory: ContextMemory, tokens: int) -> Iterator[None]:
-        began, (hits, misses), mapped = time.perf_counter(), memory.cache_counters(), memory.store.mapped_reads
+        began, (hits, _), before = time.perf_counter(), memory.cache_counters(), memory.store.counters
         yield
         (self._decode if tokens == 1 else self._prefill).observe(time.perf_counter() - began)
         self._read.inc(tokens)
-        hits, misses = (now - before for now, before in zip(memory.cache_counters(), (hits, misses), strict=True))
-        mapped = memory.store.mapped_reads - mapped
-        size = memory.store.shape.layer_bytes
-        self._device.inc(hits)
-        self._host.inc(misses - mapped)
-        self._disk.inc(mapped)
-        self._host_bytes.inc((misses - mapped) * size)
-        self._disk_bytes.inc(mapped * size)
+        host, disk = (now - then for now, then in zip(memory.store.counters, before, strict=True))
+        size = memory.store.shape.plane_bytes(0)
+        self._device.inc(2 * (memory.cache_counters()[0] - hits))
+        self._host.inc(host)
+        self._disk.inc(disk)
+        self._host_bytes.inc(host * size)
+        self._disk_bytes.inc(disk * size)
 
     def answer_begins(self, queued_s: float) -> None:
         self._queued.observe(queued_s)
@@ -170,7 +169,7 @@ class _Now(Collector):
         yield gauge("infllm_queued_items", "Messages and requests in the queues of live sessions.", load.items)
         yield gauge("infllm_queued_chars", "Text in the queues of live sessions, in characters.", load.chars)
         yield gauge("infllm_model_waiting_threads", "Threads that wait for their turn at the model.", load.waiting)
-        sizes = gauge("infllm_memory_bytes", "Memories of open sessions; disk: mapped files.", labels=["tier"])
+        sizes = gauge("infllm_memory_bytes", "Memories of open sessions; disk: blocks in files.", labels=["tier"])
         for tier, size in load.bytes.items():
             sizes.add_metric([tier], size)
         yield sizes

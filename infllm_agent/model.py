@@ -24,6 +24,7 @@ from infllm_agent.layers import LayerSpec
 from infllm_agent.memory import ContextMemory
 from infllm_agent.probe import probe, probe_ids, relative_error
 from infllm_agent.scheduler import Turns, Urgency
+from infllm_agent.tiers import Tiers
 
 
 @dataclass(eq=False)
@@ -114,15 +115,19 @@ class LocalModel:
             raise
         return local
 
-    def new_memory(self, config: MemoryConfig | None = None) -> ContextMemory:
+    def new_memory(self, config: MemoryConfig | None = None, tiers: Tiers | None = None) -> ContextMemory:
         """An empty memory for one session.
+
+        Args:
+            tiers: what it may take, together with others; None: as much as it needs.
 
         Raises:
             ConfigError: the configuration needs more than the model's window.
+            BudgetExceeded: there is no room for it on the device.
         """
         config = config or self.default_memory()
         self.check_memory(config)
-        return ContextMemory(config, self.specs, self.dtype, self.device)
+        return ContextMemory(config, self.specs, self.dtype, self.device, tiers)
 
     def default_memory(self) -> MemoryConfig:
         """The default configuration, scaled down for a model whose window is too small for it."""
@@ -194,6 +199,7 @@ class LocalModel:
     ) -> Tensor:
         with self.turns.turn(memory, urgency=urgency):
             ids = torch.tensor([list(token_ids)], device=self.device)
+            memory.reserve(len(token_ids))
             logits = self._logits(ids, memory, last_only=last_only)
             memory.advance(len(token_ids))
             return logits.float()

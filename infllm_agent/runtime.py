@@ -7,6 +7,7 @@ import threading
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from contextlib import aclosing
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infllm_agent.agent import arun_agent, astream_agent, run_agent, stream_agent
@@ -15,14 +16,14 @@ from infllm_agent.catalog import Catalog, SessionInfo, check_name
 from infllm_agent.chat import ChatFormat
 from infllm_agent.config import MemoryConfig, RuntimeConfig
 from infllm_agent.dispatch import Dispatcher
-from infllm_agent.errors import ConfigError
+from infllm_agent.errors import BudgetExceeded, ConfigError
 from infllm_agent.fingerprint import check_fingerprint, fingerprint
 from infllm_agent.live import LiveSession
 from infllm_agent.model import LocalModel
 from infllm_agent.observer import Load, Observer
 from infllm_agent.session import Session
 from infllm_agent.store import SessionStore
-from infllm_agent.worker import UNCOMMITTED_BLOCKS
+from infllm_agent.tiers import Tiers
 
 if TYPE_CHECKING:
     from infllm_agent.metrics import Metrics
@@ -68,16 +69,18 @@ class AgentRuntime:
         self._sessions: dict[str, Session] = {}
         self._held: set[str] = set()  # handed out by ``session`` and ``fork``: they stay open until released
         self._lock = threading.RLock()
+        self.tiers = Tiers(
+            self.config.device_budget,
+            self.config.host_budget,
+            self.config.disk_budget,
+            root=Path(root),
+            pin=model.device.type == "cuda",
+        )
         self._working_size: int | None = None
         self.metrics = _metrics(self.load) if self.config.metrics else None
         self.observer: Observer = self.metrics or Observer()
         self._dispatcher = Dispatcher(self, self.config)
-        ceiling = self.config.open_bytes
-        if ceiling is not None and ceiling < self.working_size():
-            raise ConfigError(
-                f"open_bytes {ceiling:,} is less than the {self.working_size():,} bytes of one session: raise it, or "
-                "lower max_cached_block, n_local or chunk_size"
-            )
+        self._check_budgets()
 
     @classmethod
     def open(
@@ -108,11 +111,17 @@ class AgentRuntime:
         Raises:
             InvalidName, SessionLocked (open in another process), SessionMismatch (made with another model or other
             memory settings), CorruptSession, StorageError.
+            BudgetExceeded: there is no room for it on the device, with no live session idle.
         """
-        with self._lock:
-            session = self._open(name)
-            self._held.add(name)
-            return session
+        while True:
+            try:
+                with self._lock:
+                    session = self._open(name)
+                    self._held.add(name)
+                    return session
+            except BudgetExceeded:
+                if not self._dispatcher.close_idle():
+                    raise
 
     def live(self, name: str) -> LiveSession:
         """The session by that name as something that lives beside its users: what comes in is queued and read in the
@@ -218,8 +227,8 @@ class AgentRuntime:
         running, items, chars = self._dispatcher.backlog()
         tiers = {
             "device": sum(memory.device_bytes() + memory.index_bytes() for memory in memories),
-            "host": sum(memory.store.host_bytes() for memory in memories),
-            "disk": sum(memory.store.mapped * memory.store.shape.stride for memory in memories),
+            "host": self.tiers.host_bytes(),
+            "disk": sum(memory.store.stored * memory.store.shape.stride for memory in memories),
         }
         return Load(len(memories), running, items, chars, self.model.turns.waiting, tiers)
 
@@ -301,9 +310,7 @@ class AgentRuntime:
 
     def working_size(self) -> int:
         if self._working_size is None:
-            memory = self.model.new_memory(self.memory)
-            chunk = -(-memory.config.chunk_size // memory.config.block_size)
-            self._working_size = memory.bytes() + memory.store.host_bytes_with(UNCOMMITTED_BLOCKS + chunk)
+            self._working_size = self.model.new_memory(self.memory).bytes()
         return self._working_size
 
     # -- how -----------------------------------------------------------------------------------------------------------
@@ -319,7 +326,13 @@ class AgentRuntime:
             try:
                 config = self.check(name, store.fingerprint)
                 session = Session(
-                    self.model, self.chat, config, store, resume_message=resume_message, observer=self.observer
+                    self.model,
+                    self.chat,
+                    config,
+                    store,
+                    tiers=self.tiers,
+                    resume_message=resume_message,
+                    observer=self.observer,
                 )
                 session.trace = self.config.trace
             except BaseException:
@@ -327,6 +340,16 @@ class AgentRuntime:
                 raise
         self._sessions[name] = session
         return session
+
+    def _check_budgets(self) -> None:
+        device, host = self.tiers.device_budget, self.tiers.host_budget
+        if device is not None and device < self.working_size():
+            raise ConfigError(
+                f"device_budget {device:,} is less than the {self.working_size():,} bytes of one session: raise it, or "
+                "lower max_cached_block, n_local or chunk_size"
+            )
+        if host is not None and host < (least := self.model.new_memory(self.memory).store.least_host_bytes()):
+            raise ConfigError(f"host_budget {host:,} is less than the {least:,} bytes that one session needs: raise it")
 
     def _release(self, name: str) -> None:
         with self._lock:

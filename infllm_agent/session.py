@@ -14,6 +14,7 @@ from torch import Tensor
 
 from infllm_agent import snapshot
 from infllm_agent.answer import generate, writer_for
+from infllm_agent.blockfile import BlockFiles
 from infllm_agent.chat import ChatFormat
 from infllm_agent.config import MemoryConfig, SamplingConfig, TraceMode
 from infllm_agent.database import storage_errors
@@ -28,6 +29,7 @@ from infllm_agent.reply import Reply
 from infllm_agent.scheduler import Urgency
 from infllm_agent.store import SessionStore
 from infllm_agent.tailfile import read_tail, remove_other_tails, write_tail
+from infllm_agent.tiers import Tiers
 from infllm_agent.tools import ToolCall, ToolSpec
 from infllm_agent.trace import Trace
 
@@ -56,12 +58,14 @@ class Session:
         store: SessionStore,
         memory: ContextMemory | None = None,
         *,
+        tiers: Tiers | None = None,
         resume_message: bool = False,
         observer: Observer | None = None,
     ) -> None:
         """
         Args:
             memory: that of the last commit, where it is at hand; None loads it.
+            tiers: what the memory may take; None: as much as it needs, or what a given one has.
             resume_message: a message that was arriving at the last commit is open again (``open_message``); otherwise
                 it ends with what had arrived.
             observer: told of what happens; None: the log only.
@@ -75,6 +79,7 @@ class Session:
         self.last_reply: Reply | None = None
         self.read_again = 0
         self.observer = observer or Observer()
+        self.tiers = tiers or (memory.tiers if memory is not None else Tiers(pin=model.device.type == "cuda"))
         self.trace: TraceMode = "sampled"
         self._lock = threading.RLock()
         self._stream: MessageStream | None = None
@@ -311,6 +316,7 @@ class Session:
         Raises:
             SessionBusy: a reply is being generated.
             StorageError: the disk is full or cannot be written; the generation before is still whole.
+            BudgetExceeded: it does not fit under ``disk_budget``; likewise.
         """
         with self._working(), self.observer.watching(self.name), storage_errors(self.store.folder):
             began = time.perf_counter()
@@ -319,8 +325,9 @@ class Session:
                 return self.store.generation
             state = self.store.state
             if state is None or self._new_chunks:  # else the memory is what it was, and only the log is longer
-                self.memory.store.write_new(self.store.folder, self._committed_blocks)
-                tensors, record = snapshot.pack(self.memory.state(), self.config)
+                self.memory.store.write()
+                tensors, record = snapshot.pack(self.memory.state(), self.config, self.memory.store.files.marks)
+                self.tiers.reserve_disk(sum(part.nbytes for part in tensors.values()))
                 tail, crc = write_tail(self.store.folder, tensors)
                 state = {"memory": record, "tail": tail, "tail_crc": crc}
             arriving = {"arriving": self._stream.record()} if self._stream else {}
@@ -335,7 +342,6 @@ class Session:
                 traces=self._new_traces,
             )
             remove_other_tails(self.store.folder, keep=state["tail"])
-            self.memory.store.release_written(self.store.folder)
             self._committed_now()
             self.observer.committed(self.name, generation, self.token_count, time.perf_counter() - began)
             return generation
@@ -343,6 +349,7 @@ class Session:
     def rollback(self) -> None:
         """Go back to the last commit."""
         with self._lock:
+            self.memory.dismiss()
             self._load()
 
     def fork(self, name: str, messages: int | None = None, *, cancelled: Callable[[], bool] | None = None) -> Session:
@@ -388,7 +395,6 @@ class Session:
             self.store, name, memory.state(), memory.store, config=self.config, kept=kept, log=log, shared=shared
         )
         try:
-            memory.store.folder = store.folder
             fork = Session(self.model, self.chat, self.config, store, memory, observer=self.observer)
         except BaseException:
             store.close()
@@ -428,6 +434,7 @@ class Session:
             if not self._broken:
                 self.observer.closed(self.name)
             self._broken = True
+            self.memory.dismiss()
 
     def __enter__(self) -> Session:
         return self
@@ -441,19 +448,15 @@ class Session:
 
     def _load(self, memory: ContextMemory | None = None, *, resume_message: bool = False) -> None:
         """The state of the last commit."""
-        self.memory: ContextMemory = self.model.new_memory(self.config) if memory is None else memory
+        state = self.store.state or {}
+        self.memory = self._stored_memory(state) if memory is None else memory
         self._new_messages: list[Message] = []
         self._new_ids: list[int] = []
         self._new_chunks: list[tuple[int, int]] = []
         self._new_traces: list[Trace] = []
         self._committed_now()
-        state = self.store.state or {}
-        if memory is None and state:
-            tensors = read_tail(self.store.folder, state["tail"], state["tail_crc"])
-            snapshot.restore(self.memory, snapshot.unpack(tensors, state["memory"]), self.store.folder)
         # What had not gone through the model yet waits again.
         self._pending = deque(self.store.token_ids(self.memory.length))
-        self._committed_blocks = self.memory.store.count
         announcing = self.store.announcing_message()
         self._tools = announcing.tools if announcing else ()
         last = self.store.messages(-1)
@@ -464,6 +467,16 @@ class Session:
         self._stream = MessageStream.resume(self, arriving) if arriving else None
         if self._stream and not resume_message:
             self._end_message()
+
+    def _stored_memory(self, state: dict[str, Any]) -> ContextMemory:
+        memory, folder = self.model.new_memory(self.config, self.tiers), self.store.folder
+        if not state:
+            memory.attach(BlockFiles(folder, memory.store.shape))
+            return memory
+        tensors = read_tail(folder, state["tail"], state["tail_crc"])
+        saved = snapshot.unpack(tensors, state["memory"])
+        snapshot.restore(memory, saved, snapshot.block_files(folder, tensors, saved, self.config))
+        return memory
 
     def _committed_now(self) -> None:
         self._new_messages, self._new_ids, self._new_chunks, self._new_traces = [], [], [], []

@@ -7,15 +7,20 @@ from typing import Any
 
 from torch import Tensor
 
-from infllm_agent.blockfile import BlockShape
+from infllm_agent.blockfile import BlockFiles, Marks
 from infllm_agent.config import MemoryConfig
 from infllm_agent.memory import ContextMemory
+from infllm_agent.planes import BlockShape
 from infllm_agent.state import Division, LayerState, MemoryState, WindowState
 
 
-def pack(state: MemoryState, config: MemoryConfig) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors (on the CPU) and the JSON-ready rest of a memory's state."""
+def pack(
+    state: MemoryState, config: MemoryConfig, marks: Marks | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors (on the CPU) and the JSON-ready rest of a memory's state, and the marks of its blocks' files."""
     tensors: dict[str, Tensor] = {}
+    if marks is not None:
+        tensors |= {f"segments.{name}": part for name, part in marks._asdict().items()}
     for number, layer in state.layers.items():
         tensors[f"layer.{number}.sinks"] = layer.sinks.cpu().contiguous()
         _pack_window(f"layer.{number}", layer.window, tensors)
@@ -28,7 +33,7 @@ def unpack(tensors: dict[str, Tensor], record: dict[str, Any]) -> MemoryState:
     """The state that ``pack`` was given."""
     layers: dict[int, LayerState] = {}
     sliding: dict[int, WindowState] = {}
-    for number in sorted({int(name.split(".")[1]) for name in tensors}):
+    for number in sorted({int(name.split(".")[1]) for name in tensors if name.startswith("layer.")}):
         name = f"layer.{number}"
         window = WindowState(tensors[f"{name}.k"], tensors[f"{name}.v"], tensors.get(f"{name}.q"))
         if (sinks := tensors.get(f"{name}.sinks")) is not None:
@@ -38,24 +43,27 @@ def unpack(tensors: dict[str, Tensor], record: dict[str, Any]) -> MemoryState:
     return MemoryState(record["length"], layers, sliding)
 
 
-def block_shape(state: MemoryState, config: MemoryConfig) -> BlockShape:
-    """The shape of the blocks beside a state."""
+def block_files(folder: Path, tensors: dict[str, Tensor], state: MemoryState, config: MemoryConfig) -> BlockFiles:
+    """The files of the blocks beside a state.
+
+    Raises:
+        CorruptSession: the tail does not fit them.
+    """
     keys = next(iter(state.layers.values())).window.k
     dtype = str(keys.dtype).removeprefix("torch.")
-    return BlockShape(len(state.layers), keys.shape[0], config.block_size, keys.shape[2], dtype)
+    shape = BlockShape(len(state.layers), keys.shape[0], config.block_size, keys.shape[2], dtype, config.block_dtype)
+    marks = Marks(*(tensors[f"segments.{name}"] for name in Marks._fields))
+    return BlockFiles(folder, shape, Division.of(state.length, config).blocks, marks)
 
 
-def restore(memory: ContextMemory, state: MemoryState, folder: Path) -> None:
-    """Bring an empty memory to a saved state, to the bit; its blocks are mapped from ``folder``.
+def restore(memory: ContextMemory, state: MemoryState, files: BlockFiles) -> None:
+    """Bring an empty memory to a saved state, to the bit, its blocks in the given files.
 
     Raises:
         CorruptSession: block files are missing or damaged.
+        BudgetExceeded: there is no room on the device for the index.
     """
-    count = Division.of(state.length, memory.config).blocks
-    memory.store.map(folder, count)
-    rows = memory.store.representatives(0, count)
-    for layer in memory.layers.values():
-        layer.blocks.append(rows[:, layer.index])
+    memory.attach(files)
     memory.restore(state)
 
 

@@ -57,8 +57,9 @@ class MemoryState:
     def can_rewind(self, length: int, config: MemoryConfig) -> bool:
         """Whether the state at an earlier length can be told from this one.
 
-        Not if a layer slides by itself and has dropped what it would need, nor if the window keeps queries
-        (``block_key="representatives"``) and a token would have to come back to it: blocks and sinks keep none.
+        Not if a layer slides by itself and has dropped what it would need. Nor if a token would have to come back to
+        the window, and the window keeps queries (``block_key="representatives"``), which blocks and sinks do not, or
+        blocks are rounded (``block_dtype="int8"``).
         """
         if not 0 <= length <= self.length:
             return False
@@ -67,7 +68,8 @@ class MemoryState:
         if any(window.k.shape[1] < self.length for window in self.sliding.values()):
             return False
         with_queries = any(layer.window.queries is not None for layer in self.layers.values())
-        return not with_queries or Division.of(length, config) == Division.of(self.length, config)
+        exact = config.block_dtype == "model" and not with_queries
+        return exact or Division.of(length, config) == Division.of(self.length, config)
 
     def rewound(self, length: int, config: MemoryConfig, blocks: BlockStore) -> MemoryState:
         """The state as it was at an earlier end of a chunk. Views of this one where it can be.
@@ -99,10 +101,11 @@ class MemoryState:
             return LayerState(layer.sinks, _cut(layer.window, 0, length - first))
         # What the window had then, oldest first: perhaps the sinks, blocks sealed since, and perhaps its own tokens.
         back = [layer.sinks] if then.sinks < now.sinks else []
-        for block in range(then.blocks, now.blocks):
-            if now.sinks + block * config.block_size >= length:
-                break
-            back.append(torch.stack(blocks.get(block, index)).to(layer.sinks.device))
+        last = min(now.blocks, -(-(length - now.sinks) // config.block_size))
+        if then.blocks < last:
+            again = range(then.blocks, last)
+            pairs = torch.stack([blocks.keys(again, index), blocks.values(again, index)]).to(layer.sinks.device)
+            back.append(pairs.transpose(1, 2).flatten(2, 3))
         window = torch.stack([layer.window.k, layer.window.v])
         k, v = torch.cat([*back, window], dim=2)[:, :, : length - first]
         return LayerState(layer.sinks[:, :, : then.sinks], WindowState(k, v, None))

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from infllm_agent.errors import CorruptSession
-from infllm_agent.locks import sync_folder
+from infllm_agent.files import sync_folder
 
 
 def write_tail(folder: Path, tensors: dict[str, Tensor]) -> tuple[str, int]:

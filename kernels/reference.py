@@ -186,5 +186,19 @@ class ReferenceMemory:
     ) -> Tensor:
         return self.layers[layer].attend(q, k, v, scale, softcap)
 
+    def reserve(self, n: int) -> None:
+        """There is room."""
+
     def advance(self, n: int) -> None:
         """Nothing to do: what has left the window follows from the number of tokens."""
+
+
+def rounded(x: Tensor) -> Tensor:
+    """What becomes of a head's numbers in eight bits: each to the nearest multiple of the 127th part of the largest."""
+    out = torch.empty_like(x, dtype=torch.float32)
+    for block in range(x.shape[0]):
+        for head in range(x.shape[1]):
+            numbers = x[block, head].float()
+            step = numbers.abs().max() / 127
+            out[block, head] = torch.round(numbers / step) * step if step > 0 else 0.0
+    return out

@@ -93,9 +93,7 @@ def assert_whole(session: Session) -> None:
     """It is what a cold session with the same log is; and what is committed can be read to the last byte."""
     assert torch.equal(logits_after(session, [5, 6]), cold_logits(session, [5, 6]))
     session.store.verify()
-    for layer in range(session.memory.store.shape.layers):
-        for block in range(session.memory.store.count):
-            session.memory.store.get(block, layer)
+    assert list(session.memory.store.files.damages()) == []
     messages = session.messages()
     assert [message.index for message in messages] == list(range(len(messages)))
     assert (messages[-1].end if messages else 0) == session.token_count
@@ -106,11 +104,16 @@ def assert_whole(session: Session) -> None:
 
 def files(session: Session) -> dict[str, str]:
     """What is in a session's block files, up to the committed blocks."""
-    stride, count = session.memory.store.shape.stride, session.store.info.blocks
+    shape, count = session.memory.store.shape, session.store.info.blocks
     found = {}
     for number, path in enumerate(sorted(session.store.folder.glob("segment-*"))):
-        here = min(SEGMENT_BLOCKS, count - number * SEGMENT_BLOCKS)
-        found[path.name] = hashlib.sha256(path.read_bytes()[: PAGE + here * stride]).hexdigest()
+        here, bytes = min(SEGMENT_BLOCKS, count - number * SEGMENT_BLOCKS), path.read_bytes()
+        keys, records = PAGE, PAGE + SEGMENT_BLOCKS * shape.layers * shape.key_bytes
+        used = (
+            bytes[keys : keys + here * shape.layers * shape.key_bytes],
+            bytes[records : records + here * shape.stride],
+        )
+        found[path.name] = hashlib.sha256(b"".join(used)).hexdigest()
     return found
 
 
@@ -274,19 +277,25 @@ def test_leftovers_of_a_failed_commit_are_not_shared(runtime: AgentRuntime, monk
         assert_whole(each)
 
 
-def test_damage_is_not_sealed_in(runtime: AgentRuntime, model: LocalModel) -> None:
-    folder = long_session(runtime).store.folder
+def test_damage_is_not_copied(runtime: AgentRuntime, model: LocalModel) -> None:
+    session = long_session(runtime)
+    folder, shape = session.store.folder, session.memory.store.shape
     runtime.close()
-    path = folder / "segment-000002.kv"
-    with path.open("r+b") as file:
-        file.seek(PAGE + 100)
-        file.write(b"\xff" * 8)
-    with AgentRuntime(runtime.root, model) as again:
-        fork = again.fork("ops", "copy")
-        with pytest.raises(CorruptSession, match=str(fork.store.folder / path.name)):
-            fork.memory.store.get(2 * SEGMENT_BLOCKS, 0)
-    with AgentRuntime(runtime.root, model) as again, pytest.raises(CorruptSession, match=path.name):
-        again.session("copy").memory.store.get(2 * SEGMENT_BLOCKS, 0)
+    for segment in (2, 1):  # one that is copied, one that is shared
+        path = folder / f"segment-{segment:06d}.kv"
+        whole = path.read_bytes()
+        with path.open("r+b") as file:
+            file.seek(PAGE + SEGMENT_BLOCKS * shape.layers * shape.key_bytes + 100)
+            file.write(b"\xff" * 8)
+        with AgentRuntime(runtime.root, model) as again:
+            if segment == 2:
+                with pytest.raises(CorruptSession, match=str(path)):
+                    again.fork("ops", "copy")
+                path.write_bytes(whole)
+            else:
+                fork = again.fork("ops", "copy")
+                with pytest.raises(CorruptSession, match=str(fork.store.folder / path.name)):
+                    fork.memory.store.keys([SEGMENT_BLOCKS], 0)
 
 
 def test_a_reply_under_way_is_not_taken_over(runtime: AgentRuntime) -> None:

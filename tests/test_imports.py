@@ -13,9 +13,9 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "infllm_agent"
 
 LAYERS = [
-    ["errors", "config", "tools", "threads", "signals", "logs"],
+    ["errors", "config", "tools", "threads", "signals", "logs", "files"],
     ["kernels"],
-    ["blockfile", "blocks", "index", "state", "window"],
+    ["planes", "hostcache", "tiers", "blockfile", "blocks", "index", "state", "window"],
     ["layers", "memory"],
     ["hub", "attention", "probe", "scheduler", "model", "snapshot"],
     ["trace", "database", "locks", "records", "catalog", "store", "tailfile", "fork"],

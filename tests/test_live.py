@@ -185,7 +185,7 @@ def test_an_answer_can_be_cut_short(make: Callable[..., AgentRuntime]) -> None:
 
 def test_more_sessions_than_fit_are_closed_and_reopened(make: Callable[..., AgentRuntime]) -> None:
     ceiling = 2 * make().working_size() + make().working_size() // 2
-    runtime = make(open_bytes=ceiling)
+    runtime = make(device_budget=ceiling)
     largest = 0
     done = threading.Event()
 
@@ -212,9 +212,9 @@ def test_more_sessions_than_fit_are_closed_and_reopened(make: Callable[..., Agen
 
 
 def test_a_ceiling_that_nothing_fits_under(make: Callable[..., AgentRuntime]) -> None:
-    with pytest.raises(ConfigError, match="open_bytes"):
-        make(open_bytes=1000)
-    runtime = make(open_bytes=int(1.1 * make().working_size()))
+    with pytest.raises(ConfigError, match="device_budget"):
+        make(device_budget=1000)
+    runtime = make(device_budget=int(1.1 * make().working_size()))
     runtime.session("held").append_user("mine")
     with pytest.raises(BudgetExceeded, match="opened directly"):
         runtime.live("other").append_user("x").result(20)

@@ -9,7 +9,7 @@ import sys
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from infllm_agent import AgentRuntime, MemoryConfig, logs
-from infllm_agent.blocks import BlockCache
+from infllm_agent.blockfile import BlockFiles
+from infllm_agent.blocks import BlockCache, BlockStore
 from infllm_agent.config import RuntimeConfig
 from infllm_agent.errors import Cancelled, ConfigError, InvalidName, StorageError
 from infllm_agent.integrations.langchain import ChatInfLLM
@@ -60,20 +61,36 @@ def scraped(runtime: AgentRuntime) -> dict[str, float]:
 
 @pytest.fixture
 def fetched(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """Blocks that were brought, counted where they are: in the device's cache, in host memory, in mapped files."""
+    """Keys or values of a block, counted where they are: in the device's cache, in host memory, in files."""
     seen = {"device": 0, "host": 0, "disk": 0}
-    fetch, load = BlockCache.fetch, MemoryLayer._load
+    fetch, planes, read, attend = BlockCache.fetch, BlockStore._planes, BlockFiles.read, MemoryLayer.attend
+    attending = False  # else a fork looks for what an earlier window held
 
     def counting_fetch(cache: BlockCache, blocks: list[int], loader: Any) -> list[int]:
-        seen["device"] += sum(block in cache for block in blocks)
+        seen["device"] += 2 * sum(block in cache for block in blocks)
         return fetch(cache, blocks, loader)
 
-    def counting_load(layer: MemoryLayer, block: int) -> Any:
-        seen["disk" if block < layer.store.mapped else "host"] += 1
-        return load(layer, block)
+    def counting_planes(store: BlockStore, blocks: Sequence[int], *arguments: Any) -> Any:
+        seen["host"] += len(blocks) * attending
+        return planes(store, blocks, *arguments)
 
+    def counting_read(files: BlockFiles, blocks: Sequence[int], *arguments: Any) -> None:
+        seen["host"] -= len(blocks) * attending
+        seen["disk"] += len(blocks) * attending
+        read(files, blocks, *arguments)
+
+    def attending_attend(*arguments: Any, **options: Any) -> Any:
+        nonlocal attending
+        attending = True
+        try:
+            return attend(*arguments, **options)
+        finally:
+            attending = False
+
+    monkeypatch.setattr(MemoryLayer, "attend", attending_attend)
     monkeypatch.setattr(BlockCache, "fetch", counting_fetch)
-    monkeypatch.setattr(MemoryLayer, "_load", counting_load)
+    monkeypatch.setattr(BlockStore, "_planes", counting_planes)
+    monkeypatch.setattr(BlockFiles, "read", counting_read)
     return seen
 
 
@@ -107,11 +124,12 @@ def test_what_is_counted_is_what_happened(make: Callable[..., AgentRuntime], fet
     assert now["commit_seconds_count"] == 1
     assert {tier: now[f"block_lookups_total {tier}"] for tier in fetched} == fetched
     assert all(fetched.values())
-    size = ops.memory.store.shape.layer_bytes
+    size = ops.memory.store.shape.plane_bytes(0)
     assert now["block_loaded_bytes_total host"] == fetched["host"] * size
     assert now["block_loaded_bytes_total disk"] == fetched["disk"] * size
-    assert now["memory_bytes device"] + now["memory_bytes host"] == ops.memory.bytes() + web.memory.bytes()
-    assert now["memory_bytes disk"] == ops.memory.store.mapped * ops.memory.store.shape.stride > 0
+    assert now["memory_bytes device"] == ops.memory.bytes() + web.memory.bytes()
+    assert now["memory_bytes host"] == runtime.tiers.host_bytes() > 0
+    assert now["memory_bytes disk"] == ops.memory.store.stored * ops.memory.store.shape.stride > 0
     runtime.release("ops")
     runtime.release("web")
     closed = scraped(runtime)

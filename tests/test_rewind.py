@@ -45,9 +45,9 @@ def assert_same(model: LocalModel, memory: ContextMemory, expected: ContextMemor
         other = expected.layers[number]
         assert torch.equal(layer.blocks.keys, other.blocks.keys)
         assert (layer.window.start, layer.window.stop) == (other.window.start, other.window.stop)
-        for block in range(memory.store.count):
-            for one, two in zip(memory.store.get(block, layer.index), other.store.get(block, layer.index), strict=True):
-                assert torch.equal(one, two)
+        every = range(memory.store.count)
+        assert torch.equal(memory.store.keys(every, layer.index), other.store.keys(every, layer.index))
+        assert torch.equal(memory.store.values(every, layer.index), other.store.values(every, layer.index))
     after = chunks(99, 5, 16)
     assert torch.equal(feed(model, memory.fork(), after), feed(model, expected.fork(), after))
 
