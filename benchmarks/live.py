@@ -206,7 +206,7 @@ def many(runtime: AgentRuntime, options: argparse.Namespace) -> dict:
         "sessions": len(words),
         "right": right,
         "wrong": wrong,
-        "open_bytes": runtime.config.open_bytes,
+        "device_budget": runtime.config.device_budget,
         "largest_open_bytes": sum(runtime.open_sizes().values()),
         "open_after_telling": open_then,
         "anonymous_mb": {"before": round(before), "peak": round(peak)},
@@ -227,7 +227,7 @@ def main() -> None:
     parser.add_argument("--open-bytes", type=int, default=2 << 30)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    config = RuntimeConfig(open_bytes=options.open_bytes if options.what == "many" else None)
+    config = RuntimeConfig(device_budget=options.device_budget if options.what == "many" else None)
     with tempfile.TemporaryDirectory() as root, AgentRuntime.open(root, options.model, config=config) as runtime:
         report = {"what": options.what, "model": options.model, **globals()[options.what](runtime, options)}
     print(json.dumps(report, indent=1))

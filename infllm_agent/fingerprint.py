@@ -10,7 +10,7 @@ from infllm_agent.config import MemoryConfig
 from infllm_agent.errors import SessionMismatch
 from infllm_agent.model import LocalModel
 
-FORMAT = 1
+FORMAT = 2
 
 
 def fingerprint(model: LocalModel, chat: ChatFormat, config: MemoryConfig) -> dict[str, Any]:
