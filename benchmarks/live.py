@@ -224,7 +224,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=600, help="of the mixed load")
     parser.add_argument("--pause", type=float, default=15, help="mean seconds between a session's questions")
     parser.add_argument("--sessions", type=int, default=300)
-    parser.add_argument("--open-bytes", type=int, default=2 << 30)
+    parser.add_argument("--device-budget", type=int, default=2 << 30)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     config = RuntimeConfig(device_budget=options.device_budget if options.what == "many" else None)

@@ -28,7 +28,7 @@ from infllm_agent.cli_options import AsJson, Log, Memory, Role, RuntimeOptions, 
 from infllm_agent.cli_options import takes_options as options
 from infllm_agent.cli_output import DONE, Stopped, counted, note, print_json, progress, report, write_piece
 from infllm_agent.cli_sessions import app as sessions
-from infllm_agent.config import MemoryConfig, RuntimeConfig, SamplingConfig, TraceMode
+from infllm_agent.config import MemoryConfig, SamplingConfig, TraceMode
 from infllm_agent.errors import Cancelled
 from infllm_agent.inspector.cli import inspect
 from infllm_agent.store import SessionStore
@@ -296,6 +296,7 @@ def _open_session(
     Raises:
         Stopped: the user stopped the work.
     """
+    allowed = where.allowed(trace=trace)
     stored = _stored_memory(where.root, name, create=create)
     from infllm_agent.model import LocalModel
     from infllm_agent.runtime import AgentRuntime
@@ -304,7 +305,6 @@ def _open_session(
     config = None
     if settings:
         config = (MemoryConfig.from_record(stored) if stored else model.default_memory()).changed(**settings)
-    allowed = RuntimeConfig(trace=trace)
     with Interrupts() as interrupts, AgentRuntime(where.root, model, config, allowed) as runtime:
         work = Work(runtime, runtime.session(name), interrupts)
         work.session.cancelled = interrupts

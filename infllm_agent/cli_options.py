@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 import typer
 from pydantic.fields import FieldInfo
 
-from infllm_agent.config import MemoryConfig, SamplingConfig, Settings, TraceMode, default_root
+from infllm_agent.config import MemoryConfig, RuntimeConfig, SamplingConfig, Settings, TraceMode, default_root
 from infllm_agent.logs import LogFormat
 
 Role = Literal["system", "user", "assistant", "observation", "tool"]  # chat.Role, which would load transformers
@@ -61,6 +61,17 @@ class RuntimeOptions:
     model: Annotated[str, typer.Option(help="A packaged alias, a local folder, or a hub id.")] = "smollm2"
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto"
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto"
+    host_budget: Annotated[
+        str | None,
+        typer.Option(metavar="BYTES", help="Most host memory for blocks, such as 2GB.", show_default="about 1GiB"),
+    ] = None
+    disk_budget: Annotated[
+        str | None, typer.Option(metavar="BYTES", help="Most bytes under the root.", show_default="none")
+    ] = None
+
+    def allowed(self, **settings: Any) -> RuntimeConfig:
+        """What the runtime may take. Raises ConfigError."""
+        return RuntimeConfig(host_budget=self.host_budget, disk_budget=self.disk_budget, **settings)
 
 
 @dataclass(frozen=True)

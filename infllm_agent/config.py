@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
 
 from infllm_agent.errors import ConfigError
 
@@ -174,7 +174,8 @@ def _parts(n: int, size: int) -> list[int]:
 
 
 class RuntimeConfig(Settings):
-    """What an ``AgentRuntime`` allows its live sessions, in seconds, tokens and bytes; what it records of all of them.
+    """What an ``AgentRuntime`` allows its live sessions, in seconds, tokens and bytes (``2 << 30`` or ``"2GiB"``); what
+    it records of all of them.
 
     None of it changes a result: a session opens under any of these settings.
     """
@@ -184,20 +185,18 @@ class RuntimeConfig(Settings):
         description="of which tokens it is kept what they attended to: off; sampled, those of the question, the first "
         "16 of an answer and every 16th after them, in every second layer in turn; on, all of them",
     )
-    device_budget: int | None = Field(
+    device_budget: ByteSize | None = Field(
         None,
-        ge=0,
         description="ceiling for what all open sessions together take of the device: idle ones are closed to make "
         "room, others wait; None: no ceiling",
     )
-    host_budget: int | None = Field(
+    host_budget: ByteSize | None = Field(
         None,
-        ge=0,
         description="ceiling for blocks in host memory, of all open sessions together: the least recently used go, and "
         "are read from disk again; None: 1 GiB for these, no ceiling for what is not committed yet",
     )
-    disk_budget: int | None = Field(
-        None, ge=0, description="ceiling for all that is under the root: a commit over it fails; None: no ceiling"
+    disk_budget: ByteSize | None = Field(
+        None, description="ceiling for all that is under the root: a commit over it fails; None: no ceiling"
     )
     idle_s: float = Field(600.0, ge=0, description="a session that nothing happened to for so long is closed")
     workers: int = Field(
