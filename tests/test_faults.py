@@ -40,7 +40,7 @@ def test_every_site_of_a_commit_may_fail(world: trials.World, tmp_path: Path) ->
     assert min(counts["told in one line"], counts["did no harm"]) > 10
 
 
-@pytest.mark.parametrize("limit", [5_000, 100_000])
+@pytest.mark.parametrize("limit", [5_000, 20_000])
 def test_a_limit_on_the_size_of_files(run: Uninterrupted, tmp_path: Path, limit: int) -> None:
     """What is written up to the limit is no commit; without the limit the session goes on."""
     runtime = run.runtime(tmp_path / "root")

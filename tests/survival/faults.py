@@ -10,14 +10,13 @@ from itertools import groupby
 from pathlib import Path
 
 from infllm_agent import AgentRuntime, Session
+from infllm_agent.blockfile import SEGMENT_BLOCKS
 from infllm_agent.errors import CorruptSession, StorageError
 from infllm_agent.store import SessionStore
 from survival.kills import check_survivor
 from survival.process import Progress
 from survival.script import NAME, PROBE, Uninterrupted, do, told
 from survival.tracer import KILL, READS, TAKES_SPACE, Call, Decide, begin, end, traced
-
-SEGMENT = 64  # blocks in one file
 
 
 class OneCommit:
@@ -35,7 +34,8 @@ class OneCommit:
         self._base, self._root = folder / "base", folder / "struck"
         blocks = [expected.blocks for expected in run.at]
         grown = {g: blocks[g + 1] - blocks[g] for g in range(1, len(run.script.parts))}
-        crossing = [g for g in grown if blocks[g] % SEGMENT and blocks[g] // SEGMENT < blocks[g + 1] // SEGMENT]
+        segments = [count / SEGMENT_BLOCKS for count in blocks]
+        crossing = [g for g in grown if segments[g] % 1 and int(segments[g]) < int(segments[g + 1])]
         self.before = min(crossing or grown, key=lambda g: (grown[g] == 0, grown[g]))
         runtime = run.runtime(self._base)
         session = runtime.open_idle(NAME)

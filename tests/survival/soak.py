@@ -12,12 +12,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from infllm_agent import AgentRuntime, MemoryConfig
+from infllm_agent.config import RuntimeConfig
 from infllm_agent.model import LocalModel
 from survival.script import WORDS
 
 SETTINGS = MemoryConfig(
     n_init=16, n_local=128, block_size=64, topk=2, candidates=4, chunk_size=512, max_cached_block=8, question_tail=16
 )
+HOST_BUDGET = 16 << 20  # less than the blocks of 100,000 tokens
 WARM_UP = 0.25  # of the tokens, and at most WARM_UP_TOKENS
 WARM_UP_TOKENS = 100_000
 GROWTH = 8 << 20  # bytes of memory that the allocator may take later, besides the index
@@ -42,7 +44,7 @@ class Soak:
     def __init__(self, model: LocalModel, root: Path, seed: int) -> None:
         self._dice = random.Random(seed)
         self._root = root
-        self._runtime = AgentRuntime(root, model, SETTINGS)
+        self._runtime = AgentRuntime(root, model, SETTINGS, RuntimeConfig(host_budget=HOST_BUDGET))
         self._session = self._runtime.session("soak")
         self._highest_host = 0
         self.samples: list[Sample] = []
@@ -59,7 +61,7 @@ class Soak:
             with session.stream_tool_result("shell") as sink:
                 for _ in range(40):
                     sink.write(" ".join(self._dice.choices(WORDS, k=20)) + "\n")
-                    self._highest_host = max(self._highest_host, session.memory.store.host_bytes())
+                    self._highest_host = max(self._highest_host, self._runtime.tiers.host_bytes())
             session.append_user("what of it?")
             session.reply(max_tokens=2)
             session.commit()
@@ -89,11 +91,11 @@ class Soak:
         now = self.samples[-1]
         before = [sample for sample in self.samples if sample.tokens <= warm]
         assert now.device == self.samples[0].device, "the device's part of the memory grows"
+        chunk = SETTINGS.chunk_size // SETTINGS.block_size * self._session.memory.store.shape.stride
+        assert now.host <= HOST_BUDGET + chunk, f"host memory takes {now.host:,} bytes"
         if not before or now.tokens <= warm:
             return
         base = before[-1]
-        chunk = SETTINGS.chunk_size // SETTINGS.block_size * self._session.memory.store.shape.stride
-        assert now.host <= max(sample.host for sample in before) + chunk, f"host memory grows: {now.host:,} bytes"
         assert now.files <= max(sample.files for sample in before), f"open files grow: {now.files}"
         # The index doubles: while it does, both are there.
         allowed = max(sample.anonymous for sample in before) + 2 * (now.index - base.index) + GROWTH

@@ -43,6 +43,7 @@ _CALLS: dict[int, tuple[str, tuple[int, ...], tuple[tuple[int | None, int], ...]
     265: ("link", (), ((0, 1), (2, 3))),
     277: ("sync_file_range", (0,), ()),
     285: ("fallocate", (0,), ()),
+    295: ("pread", (0,), ()),
     296: ("pwritev", (0,), ()),
     316: ("rename", (), ((0, 1), (2, 3))),
     326: ("copy_file_range", (2,), ()),

@@ -17,7 +17,7 @@ from survival.kills import Kills
 from survival.script import Uninterrupted, load_model
 
 Series = Iterator[Counter[str]]
-SMALL_COMMIT = 11  # a seed whose script has a small commit that begins another segment of blocks
+SMALL_COMMIT = 21  # a seed whose script has a small commit that begins another segment of blocks
 SCRIPT_LIFE = 200  # kills until another script is taken
 
 
