@@ -3,10 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
+MINUTES ?= 10
+SEED ?= 0
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint types docs bench picture clean
+.PHONY: help venv demo test crash soak lint types docs bench picture clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -25,6 +27,16 @@ demo: $(STAMP)  ## a long tool log, questions, a restart, questions again
 # cores spend their time waiting for each other.
 test: $(STAMP)  ## run the tests; ARGS="-k hub" for some of them
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+
+crash: $(STAMP)  ## long runs of kills, faults, damage, races, attacks; MINUTES=60 SEED=1 ARGS="kills --count kills=5000"
+	mkdir -p bench-results
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m survival crash $(ARGS) --minutes $(MINUTES) --seed $(SEED) \
+		--json bench-results/crash.json
+
+soak: $(STAMP)  ## long runs of threads and of a session that grows; MINUTES=120 ARGS="growth --tokens 10000000"
+	mkdir -p bench-results
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m survival soak $(ARGS) --minutes $(MINUTES) --seed $(SEED) \
+		--json bench-results/soak.json
 
 lint: $(STAMP)  ## check style and formatting
 	$(BIN)/ruff check .

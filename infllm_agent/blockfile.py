@@ -14,6 +14,7 @@ another session or of another time is found out.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import uuid
@@ -28,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from infllm_agent.errors import CorruptSession
+from infllm_agent.errors import CorruptSession, StorageError
 from infllm_agent.files import share, sync_folder
 from infllm_agent.planes import CRC_BYTES, BlockShape, checksum
 from infllm_agent.threads import in_parallel
@@ -151,6 +152,7 @@ class BlockFiles:
 
         Raises:
             CorruptSession: a file is missing, too short, another one, or a plane fails its checksum.
+            StorageError: a file cannot be read.
         """
         in_parallel(
             lambda part: self._read(blocks[part], plane, into[part]),
@@ -214,7 +216,7 @@ class BlockFiles:
         return torch.from_numpy(rows[:count])
 
     def damages(self) -> Iterator[str]:
-        """Read everything; one line for each file that is damaged, naming its first damage."""
+        """Read everything; one line for each file that is damaged or unreadable, naming its first damage."""
         for segment in range(len(self._ids)):
             first = segment * SEGMENT_BLOCKS
             try:
@@ -222,7 +224,7 @@ class BlockFiles:
                 self._keys(segment, 1)
                 for block in range(first, min(self.count, first + SEGMENT_BLOCKS)):
                     self.record(block)
-            except CorruptSession as error:
+            except (CorruptSession, StorageError) as error:
                 yield str(error)
 
     @contextmanager
@@ -231,7 +233,9 @@ class BlockFiles:
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError as error:
-            raise CorruptSession(f"{path}: {error.strerror}") from error
+            if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENOTDIR):  # gone, or a link
+                raise CorruptSession(f"{path}: {error.strerror}") from error
+            raise StorageError(f"{path}: {error.strerror}") from error
         try:
             if segment not in self._known:
                 if os.pread(descriptor, PAGE, 0) != self._head(segment, self._ids[segment]):
@@ -242,7 +246,7 @@ class BlockFiles:
                 self._known.add(segment)
             yield descriptor
         except OSError as error:
-            raise CorruptSession(f"{path}: {error.strerror}") from error
+            raise StorageError(f"{path}: {error.strerror}") from error
         finally:
             os.close(descriptor)
 

@@ -341,8 +341,8 @@ class Session:
                 blocks=self.memory.store.count,
                 traces=self._new_traces,
             )
-            remove_other_tails(self.store.folder, keep=state["tail"])
             self._committed_now()
+            remove_other_tails(self.store.folder, keep=state["tail"])
             self.observer.committed(self.name, generation, self.token_count, time.perf_counter() - began)
             return generation
 

@@ -12,7 +12,7 @@ import threading
 import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from datetime import datetime
 from os import PathLike
 from pathlib import Path
@@ -258,9 +258,17 @@ class SessionStore:
                     number=head.number + 1, state=text, blocks=blocks, bytes_on_disk=bytes_on_disk, updated=time.time()
                 )
                 write_generation(conn, new)
+            if head.number == 0:
+                self._leave_the_log(conn)
             info = read_info(conn, self.id)
         self._catalog.record(info)
         return new.number
+
+    def _leave_the_log(self, conn: sqlite3.Connection) -> None:
+        """Move the first commit from SQLite's log into the database itself. Without its log, a database that lies
+        behind names a tail that is gone, and is refused; only an empty one would pass for a new session."""
+        with suppress(sqlite3.Error):  # the commit has happened
+            conn.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
 
     def messages(self, start: int = 0, stop: int | None = None) -> list[Message]:
         """The messages of a slice, as ``list[start:stop]`` means it: ``messages(-5)`` are the last five."""
@@ -383,7 +391,7 @@ class SessionStore:
         """Read and check everything; CorruptSession says what is damaged. Takes time proportional to the history."""
         with self._using() as conn:
             result = conn.execute("PRAGMA integrity_check(1)").fetchone()[0]
-            expect(result == "ok", str(result))
+            expect(result == "ok", " ".join(str(result).split()))
             if self._lock is not None:  # FTS5 takes this question as a write
                 conn.execute("INSERT INTO messages_fts (messages_fts, rank) VALUES ('integrity-check', 1)")
             self.messages()

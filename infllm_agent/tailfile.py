@@ -12,7 +12,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from infllm_agent.errors import CorruptSession
+from infllm_agent.errors import CorruptSession, StorageError
 from infllm_agent.files import sync_folder
 
 
@@ -35,12 +35,15 @@ def read_tail(folder: Path, name: str, crc: int) -> dict[str, Tensor]:
 
     Raises:
         CorruptSession: the file is missing, or not as it was written.
+        StorageError: it cannot be read.
     """
     path = folder / name
     try:
         data = path.read_bytes()
-    except OSError as error:
+    except FileNotFoundError as error:
         raise CorruptSession(f"{path}: {error.strerror}") from error
+    except OSError as error:
+        raise StorageError(f"{path}: {error.strerror}") from error
     if zlib.crc32(data) != crc:
         raise CorruptSession(f"{path}: fails its checksum")
     try:
@@ -50,8 +53,9 @@ def read_tail(folder: Path, name: str, crc: int) -> dict[str, Tensor]:
 
 
 def remove_other_tails(folder: Path, keep: str) -> None:
-    """Collect the tails of earlier generations and of commits that never happened."""
-    for path in folder.glob("tail-*.safetensors"):
-        if path.name != keep:
-            with contextlib.suppress(OSError):
+    """Collect the tails of earlier generations and of commits that never happened. What cannot be removed now is
+    removed after the next commit."""
+    with contextlib.suppress(OSError):
+        for path in list(folder.glob("tail-*.safetensors")):
+            if path.name != keep:
                 path.unlink()

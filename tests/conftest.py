@@ -22,11 +22,6 @@ if TYPE_CHECKING:
 # transformers reads it when it is imported; the command line, which runs here in this process, sets it before that.
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-
 
 @pytest.fixture(scope="session")
 def smollm2_path() -> str:
@@ -41,30 +36,9 @@ def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     A run of 256 letters a is one token, so that a text of many megabytes has a bearable number of tokens.
     """
-    import transformers
-    from tiny import build
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tiny import save_tiny
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    words = "the tool printed a line of its log and the agent asked what it means; error 404 at 12:30, retry in 5 s"
-    tokenizer.train_from_iterator([words, *["a" * 256] * 100], trainer)
-    assert len(tokenizer.encode("a" * 25_600).ids) == 100
-
-    folder = tmp_path_factory.mktemp("tiny-model")
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHATML
-    ).save_pretrained(folder)
-    overrides = {"vocab_size": tokenizer.get_vocab_size(), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    build("LlamaConfig", overrides).save_pretrained(folder)
-    return folder
+    return save_tiny(tmp_path_factory.mktemp("tiny-model"))
 
 
 @pytest.fixture(scope="module")

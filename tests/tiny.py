@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from infllm_agent.model import LocalModel
 
@@ -127,3 +129,35 @@ def build(config_class: str, overrides: dict[str, Any], *, seed: int = 0) -> Any
 def tiny(name: str, *, seed: int = 0) -> LocalModel:
     """The architecture ``name``, attached, without a tokenizer."""
     return LocalModel.attach(build(*ARCHITECTURES[name], seed=seed), None, name=name)
+
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def save_tiny(folder: Path, **overrides: Any) -> Path:
+    """Save a model that loads at once, with a byte-level vocabulary and ChatML; ``overrides`` of its configuration.
+
+    A run of 256 letters a is one token, so that a text of many megabytes has a bearable number of tokens.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    words = "the tool printed a line of its log and the agent asked what it means; error 404 at 12:30, retry in 5 s"
+    tokenizer.train_from_iterator([words, *["a" * 256] * 100], trainer)
+    assert len(tokenizer.encode("a" * 25_600).ids) == 100
+
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHATML
+    ).save_pretrained(folder)
+    own = {"vocab_size": tokenizer.get_vocab_size(), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    build("LlamaConfig", own | overrides).save_pretrained(folder)
+    return folder

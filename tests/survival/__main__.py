@@ -1,0 +1,3 @@
+from survival.runner import main
+
+main()
