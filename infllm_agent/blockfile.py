@@ -19,7 +19,7 @@ import json
 import os
 import uuid
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -215,8 +215,18 @@ class BlockFiles:
             raise CorruptSession(f"{path}: the keys of its blocks fail their checksum")
         return torch.from_numpy(rows[:count])
 
-    def damages(self) -> Iterator[str]:
-        """Read everything; one line for each file that is damaged or unreadable, naming its first damage."""
+    def files(self) -> Iterator[tuple[Path, int]]:
+        """The files, each with how many of its first bytes are needed; what is behind them is of no commit."""
+        for segment in range(len(self._ids)):
+            count = min(SEGMENT_BLOCKS, self.count - segment * SEGMENT_BLOCKS)
+            yield segment_path(self.folder, segment), self._place(count)
+
+    def damages(self, read: Callable[[int], None] = lambda size: None) -> Iterator[str]:
+        """Read everything; one line for each file that is damaged or unreadable, naming its first damage.
+
+        Args:
+            read: told of the bytes that were read, as it goes on.
+        """
         for segment in range(len(self._ids)):
             first = segment * SEGMENT_BLOCKS
             try:
@@ -224,6 +234,7 @@ class BlockFiles:
                 self._keys(segment, 1)
                 for block in range(first, min(self.count, first + SEGMENT_BLOCKS)):
                     self.record(block)
+                    read(self.shape.stride)
             except (CorruptSession, StorageError) as error:
                 yield str(error)
 

@@ -13,8 +13,8 @@ import re
 import shutil
 import sqlite3
 import uuid
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ SESSION_DATABASE = "session.db"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,127}")
 _ID = re.compile(r"[0-9a-f]{32}")
-_NEW, _DELETED = ".new-", ".deleted-"
+_NEW, _DELETED, _STAGED = ".new-", ".deleted-", ".staged-"
 _COLUMNS = ("id", "name", "generation", "messages", "tokens", "blocks", "bytes_on_disk", "created", "updated", "model")
 
 
@@ -89,7 +89,7 @@ class Catalog:
     """All sessions of one root. Holds nothing open between calls; any number of them may be in use at once."""
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
-        """Writes nothing, except that it removes what a killed ``add`` or ``delete`` left behind."""
+        """Writes nothing, except that it removes what a killed ``add``, ``delete`` or ``staging`` left behind."""
         self.root = Path(os.path.realpath(root))
         self._sessions = self.root / "sessions"
         self._index = self.root / "catalog.db"
@@ -102,6 +102,47 @@ class Catalog:
     def problems(self) -> Sequence[str]:
         """One line for each session folder that cannot be read, whether or not the catalogue still knows its name."""
         return list(self._read(self._folder_ids())[1].values())
+
+    def survey(self) -> tuple[dict[str, SessionInfo], dict[str, str]]:
+        """Every session by id, read from its folder; and of each folder that cannot be read, what is wrong with it.
+
+        Raises StorageError if the root cannot be read.
+        """
+        return self._read(self._folder_ids())
+
+    def name_of(self, id: str) -> str | None:
+        """What the catalogue calls a session, whose folder may be unreadable."""
+        info = self._rows().get(id)
+        return info.name if info else None
+
+    def strays(self) -> Sequence[Path]:
+        """What lies among the session folders and is none."""
+        with storage_errors(self._sessions), suppress(FileNotFoundError), os.scandir(self._sessions) as entries:
+            ours = (_NEW, _DELETED, _STAGED)
+            return [
+                Path(e.path)
+                for e in entries
+                if not e.name.startswith(ours) and not (_ID.fullmatch(e.name) and e.is_dir(follow_symlinks=False))
+            ]
+        return []
+
+    def damage(self) -> str | None:
+        """What is wrong with the catalogue itself, in a line; None if it is whole, missing, or only behind."""
+        if not self._index.exists():
+            return None
+        try:
+            with storage_errors(self._index), closing(connect(self._index, CATALOG_SCHEMA, readonly=True)) as db:
+                result = str(db.conn.execute("PRAGMA integrity_check(1)").fetchone()[0])
+                if result != "ok":
+                    return f"{self._index} is damaged: {result}"
+        except CorruptSession as error:
+            return str(error)
+        rows = self._rows()
+        for id, info in self._read(rows.keys() & self._folder_ids())[0].items():
+            # Rows follow commits, so that one may be behind; one that is not says what the folder says.
+            if rows[id].generation >= info.generation and rows[id] != info:
+                return f'{self._index}: says of session "{info.name}" what its folder does not'
+        return None
 
     def find(self, name: str) -> str | None:
         """The id of the session called ``name``, or None.
@@ -136,8 +177,11 @@ class Catalog:
         """
         ids = self._folder_ids()
         found, _ = self._read(ids)
-        gone = self._rows().keys() - ids
-        self._store(found.values(), gone, replace=True)
+        rows = self._rows()
+        if self.damage():
+            self._discard()
+        kept = {id: info for id, info in (rows | found).items() if id in ids}
+        self._store(kept.values(), rows.keys() - ids, replace=True)
 
     def delete(self, name: str) -> None:
         """Remove a session and all its bytes.
@@ -145,10 +189,20 @@ class Catalog:
         Raises UnknownSession, InvalidName, SessionLocked if it is open for writing, StorageError if its files cannot
         be removed. Killed half-way, the session is either whole or gone; the next Catalog of the root removes the rest.
         """
-        id = self.require(name)
+        self._remove(self.require(name), name)
+
+    def delete_unchanged(self, info: SessionInfo) -> bool:
+        """As ``delete``, but only if the session's last commit is still the one that ``info`` tells of; else False."""
+        return self._remove(info.id, info.name, info.generation)
+
+    def _remove(self, id: str, name: str, generation: int | None = None) -> bool:
         folder = self.folder(id)
         lock = WriterLock(folder, name)
         try:
+            if generation is not None:
+                now = self._read([id])[0].get(id)
+                if now is None or now.generation != generation:
+                    return False
             doomed = self._sessions / (_DELETED + id)
             with storage_errors(folder):
                 os.rename(folder, doomed)
@@ -159,6 +213,7 @@ class Catalog:
         finally:
             lock.release()
         self._store_if_possible((), (id,))
+        return True
 
     def folder(self, id: str) -> Path:
         """The folder of a session. Raises StorageError if it, or anything in it, is a symbolic link."""
@@ -202,6 +257,19 @@ class Catalog:
                 shutil.rmtree(prepared, ignore_errors=True)
                 raise
         return id, lock
+
+    @contextmanager
+    def staging(self) -> Iterator[Path]:
+        """A private folder, on the file system of the sessions, for what takes long to prepare and ``add`` then moves
+        in. It is removed at the end; that of a killed process, by the next Catalog. Raises StorageError."""
+        self._make_root()
+        staged = self._sessions / (_STAGED + uuid.uuid4().hex)
+        with ExitStack() as held:
+            with exclusive(self._sessions), storage_errors(staged):  # leftovers are collected under this lock
+                os.mkdir(staged, 0o700)
+                held.callback(shutil.rmtree, staged, ignore_errors=True)
+                held.enter_context(exclusive(staged))
+            yield staged
 
     def record(self, info: SessionInfo) -> None:
         """Note a session's new figures. Never fails: the catalogue is an index, and the folder has the truth."""
@@ -263,10 +331,13 @@ class Catalog:
         try:
             self._write(infos, gone, replace=replace)
         except CorruptSession:
-            with storage_errors(self._index):
-                for suffix in ("", "-journal", "-wal", "-shm"):
-                    self._index.with_name(self._index.name + suffix).unlink(missing_ok=True)
+            self._discard()
             self._write(infos, gone, replace=replace)
+
+    def _discard(self) -> None:
+        with storage_errors(self._index):
+            for suffix in ("", "-journal", "-wal", "-shm"):
+                self._index.with_name(self._index.name + suffix).unlink(missing_ok=True)
 
     def _write(self, infos: Iterable[SessionInfo], gone: Iterable[str], *, replace: bool) -> None:
         # Whoever read a folder may come here later than the commit that followed: never go back a generation.
@@ -298,11 +369,12 @@ class Catalog:
             if self._leftovers():
                 with exclusive(self._sessions):  # whoever adds holds this lock, so what is there now is nobody's
                     for path in self._leftovers():
-                        shutil.rmtree(path, ignore_errors=True)
+                        with suppress(StorageError), exclusive(path, seconds=0):  # a staging folder may be in use
+                            shutil.rmtree(path, ignore_errors=True)
 
     def _leftovers(self) -> Sequence[Path]:
         with os.scandir(self._sessions) as entries:
-            return [self._sessions / entry.name for entry in entries if entry.name.startswith((_NEW, _DELETED))]
+            return [self._sessions / e.name for e in entries if e.name.startswith((_NEW, _DELETED, _STAGED))]
 
 
 def _as_row(info: SessionInfo) -> tuple[object, ...]:

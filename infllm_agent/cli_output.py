@@ -14,6 +14,7 @@ from typing import Any
 import typer
 from pydantic import ValidationError
 
+from infllm_agent.catalog import SessionInfo
 from infllm_agent.errors import ConfigError, InfLLMError, InvalidName
 from infllm_agent.records import Message
 
@@ -72,6 +73,20 @@ def message_fields(message: Message) -> dict[str, Any]:
     }
 
 
+def session_fields(info: SessionInfo) -> dict[str, Any]:
+    """A session for programs; times are unix seconds."""
+    return {
+        "name": info.name,
+        "messages": info.messages,
+        "tokens": info.tokens,
+        "blocks": info.blocks,
+        "bytes": info.bytes,
+        "created": info.created,
+        "updated": info.updated,
+        "model": info.model,
+    }
+
+
 def write_piece(piece: str) -> None:
     """A piece of a text that is still being written: at once, and verbatim unless a terminal shows it."""
     sys.stdout.write(printable(piece) if sys.stdout.isatty() else piece)
@@ -90,6 +105,22 @@ def local_time(seconds: float) -> str:
 def counted(number: int, what: str) -> str:
     """``1 message``, ``2,000 messages``."""
     return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def confirmed(question: str, *, yes: bool, what: str) -> bool:
+    """Whether to go on with what cannot be undone: asked on the terminal, unless the user has said ``--yes``.
+
+    Args:
+        what: needs a yes, for the error where nobody can be asked.
+
+    Raises:
+        BadParameter: stdin is no terminal, and ``yes`` is not given.
+    """
+    if yes:
+        return True
+    if not sys.stdin.isatty():
+        raise typer.BadParameter(f"{what} for good needs --yes where nobody can be asked", param_hint="--yes")
+    return typer.confirm(question, err=True)
 
 
 def note(line: str) -> None:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import sys
 from contextlib import closing
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from infllm_agent import cli_upkeep
 from infllm_agent.catalog import Catalog, SessionInfo
 from infllm_agent.cli_input import Interrupts
 from infllm_agent.cli_options import AsJson, Root, SessionName
 from infllm_agent.cli_output import (
     FAILED,
+    confirmed,
     counted,
     local_time,
     message_fields,
@@ -22,11 +24,12 @@ from infllm_agent.cli_output import (
     print_message,
     print_table,
     printable,
+    session_fields,
 )
 from infllm_agent.errors import NeedsModel
 from infllm_agent.store import SessionStore
 
-app = typer.Typer(help="List, show, search, fork and delete sessions. Needs no model.")
+app = typer.Typer(help="List, search, fork, check, export, import and delete sessions. Hardly ever needs a model.")
 
 COLUMNS = ["name", "messages", "tokens", "blocks", "disk bytes", "created", "updated", "model"]
 
@@ -37,7 +40,7 @@ def list_sessions(root: Root, as_json: AsJson = False) -> None:
     catalog = Catalog(root)
     found = catalog.list()
     if as_json:
-        print_json([_session_fields(info) for info in found])
+        print_json([session_fields(info) for info in found])
     elif found:
         print_table(COLUMNS, [_session_row(info) for info in found])
     else:
@@ -59,7 +62,7 @@ def show(
         info = store.info
         recent = store.messages(-last) if last else []
     if as_json:
-        print_json(_session_fields(info) | {"recent": [message_fields(message) for message in recent]})
+        print_json(session_fields(info) | {"recent": [message_fields(message) for message in recent]})
         return
     for name, value in zip(COLUMNS, _session_row(info), strict=True):
         print(f"{name:<12}{value}")
@@ -113,7 +116,7 @@ def fork(
         note(str(error))
         made = _fork_with_model(root, session, new, messages)
     if as_json:
-        print_json(_session_fields(made))
+        print_json(session_fields(made))
     else:
         print(f"{new}: {counted(made.messages, 'message')}, {counted(made.tokens, 'token')}")
 
@@ -139,12 +142,9 @@ def delete(
     """Delete a session with everything that belongs to it."""
     catalog = Catalog(root)
     catalog.require(session)
-    if not yes:
-        if not sys.stdin.isatty():
-            raise typer.BadParameter("deleting for good needs --yes where nobody can be asked", param_hint="--yes")
-        if not typer.confirm(f'Delete session "{session}" and all its messages for good?', err=True):
-            print("not deleted", file=sys.stderr)
-            raise typer.Exit(FAILED)
+    if not confirmed(f'Delete session "{session}" and all its messages for good?', yes=yes, what="deleting"):
+        print("not deleted", file=sys.stderr)
+        raise typer.Exit(FAILED)
     catalog.delete(session)
     if as_json:
         print_json({"deleted": session})
@@ -152,18 +152,10 @@ def delete(
         print(f"{session}: deleted")
 
 
-def _session_fields(info: SessionInfo) -> dict[str, Any]:
-    """A session for programs; times are unix seconds."""
-    return {
-        "name": info.name,
-        "messages": info.messages,
-        "tokens": info.tokens,
-        "blocks": info.blocks,
-        "bytes": info.bytes,
-        "created": info.created,
-        "updated": info.updated,
-        "model": info.model,
-    }
+app.command()(cli_upkeep.check)
+app.command()(cli_upkeep.export)
+app.command("import")(cli_upkeep.import_)
+app.command()(cli_upkeep.prune)
 
 
 def _session_row(info: SessionInfo) -> list[str]:

@@ -150,6 +150,8 @@ def connect(
             if not readonly:
                 conn.execute(f"PRAGMA journal_mode={'WAL' if durable else 'DELETE'}").fetchone()
                 conn.execute(f"PRAGMA synchronous={'FULL' if durable else 'OFF'}")
+                if not durable:  # the catalogue, the one where rows go: they leave no trace in the file
+                    conn.execute("PRAGMA secure_delete=ON").fetchone()
             _bring_up_to_date(db, schema, path, readonly=readonly, create=create)
         except BaseException:
             conn.close()
@@ -171,6 +173,17 @@ def transaction(conn: sqlite3.Connection) -> Iterator[None]:
         if conn.in_transaction:  # SQLite has already rolled back after some I/O errors
             conn.execute("ROLLBACK")
         raise
+
+
+@contextmanager
+def reading(conn: sqlite3.Connection) -> Iterator[None]:
+    """One read transaction: everything inside is of one commit, whatever a writer does meanwhile."""
+    conn.execute("BEGIN")
+    try:
+        yield
+    finally:
+        if conn.in_transaction:
+            conn.execute("ROLLBACK")
 
 
 def _open(path: Path, how: str) -> sqlite3.Connection:

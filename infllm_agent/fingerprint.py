@@ -9,8 +9,7 @@ from infllm_agent.chat import ChatFormat
 from infllm_agent.config import MemoryConfig
 from infllm_agent.errors import SessionMismatch
 from infllm_agent.model import LocalModel
-
-FORMAT = 2
+from infllm_agent.snapshot import FORMAT
 
 
 def fingerprint(model: LocalModel, chat: ChatFormat, config: MemoryConfig) -> dict[str, Any]:

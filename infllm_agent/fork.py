@@ -106,9 +106,11 @@ def replay(
     token_ids: Sequence[int],
     chunks: Sequence[tuple[int, int]],
     cancelled: Callable[[], bool],
+    memory: ContextMemory | None = None,
 ) -> ContextMemory:
-    """The memory of the chunks (start, length) of a log, computed again. Raises Cancelled between two of them."""
-    memory = model.new_memory(config)
+    """The memory of the chunks (start, length) of a log, computed again; or the given one, after them. Raises Cancelled
+    between two of them."""
+    memory = memory or model.new_memory(config)
     for start, length in chunks:
         if cancelled():
             raise Cancelled(f"stopped with {sum(chunks[-1]) - start} tokens still to read again")

@@ -66,15 +66,15 @@ class WriterLock:
 
 
 @contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
+def exclusive(folder: Path, seconds: float = FOLDER_LOCK_SECONDS) -> Iterator[None]:
     """Hold a short-term lock on the folder itself, so that there is no lock file to keep; waits its turn.
 
-    Raises StorageError if the folder cannot be opened, or is still locked after ``FOLDER_LOCK_SECONDS``.
+    Raises StorageError if the folder cannot be opened, or is still locked after so many seconds.
     """
     with storage_errors(folder):
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        deadline = time.monotonic() + FOLDER_LOCK_SECONDS
+        deadline = time.monotonic() + seconds
         with storage_errors(folder):
             while True:
                 try:

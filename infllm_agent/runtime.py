@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from infllm_agent.agent import arun_agent, astream_agent, run_agent, stream_agent
 from infllm_agent.agent_events import AgentEvent, AgentRun
+from infllm_agent.archive import import_session
 from infllm_agent.catalog import Catalog, SessionInfo, check_name
 from infllm_agent.chat import ChatFormat
 from infllm_agent.config import MemoryConfig, RuntimeConfig
@@ -21,6 +22,7 @@ from infllm_agent.fingerprint import check_fingerprint, fingerprint
 from infllm_agent.live import LiveSession
 from infllm_agent.model import LocalModel
 from infllm_agent.observer import Load, Observer
+from infllm_agent.rebuild import rebuild
 from infllm_agent.session import Session
 from infllm_agent.store import SessionStore
 from infllm_agent.tiers import Tiers
@@ -163,6 +165,36 @@ class AgentRuntime:
         finally:
             if not was_held:
                 self._held.discard(source)
+
+    def import_session(self, path: str | PathLike[str], name: str | None = None) -> SessionInfo:
+        """A session from a file that ``Session.export`` or ``sessions export`` made: ``archive.import_session``, which
+        names the errors. It need not be one that this runtime's model can open."""
+        return import_session(self.root, path, name)
+
+    def rebuild(
+        self,
+        name: str,
+        *,
+        cancelled: Callable[[], bool] = lambda: False,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> int:
+        """Compute a session's memory again from its log, where its blocks or its tail are damaged: ``rebuild.rebuild``.
+
+        Args:
+            cancelled: asked between chunks.
+            progress: told how many tokens have been read, of how many.
+
+        Returns:
+            The number of the new generation.
+
+        Raises:
+            UnknownSession, SessionLocked (open in this runtime, too: release it first), SessionMismatch.
+            CorruptSession: the log itself is damaged.
+            Cancelled, StorageError, BudgetExceeded: nothing has changed.
+        """
+        with SessionStore.open(self.root, name) as store:
+            config = self.check(name, store.fingerprint)
+            return rebuild(store, self.model, config, tiers=self.tiers, cancelled=cancelled, progress=progress)
 
     def run_agent(self, session: Session | str, task: str | None = None, **options: Any) -> AgentRun:
         """Have the model work on a task with tools: ``agent.run_agent``, which names the options and errors.

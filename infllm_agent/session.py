@@ -8,12 +8,14 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
+from os import PathLike
 from typing import Any
 
 from torch import Tensor
 
 from infllm_agent import snapshot
 from infllm_agent.answer import generate, writer_for
+from infllm_agent.archive import export_session
 from infllm_agent.blockfile import BlockFiles
 from infllm_agent.chat import ChatFormat
 from infllm_agent.config import MemoryConfig, SamplingConfig, TraceMode
@@ -403,6 +405,17 @@ class Session:
         self.observer.forked(name, self.name, read_again)
         fork.trace = self.trace
         return fork
+
+    def export(self, path: str | PathLike[str]) -> None:
+        """Commit, and write the session to one file, which ``AgentRuntime.import_session`` makes a session of again.
+
+        Raises:
+            SessionBusy: a reply is being generated.
+            CorruptSession: what is stored is damaged; nothing is written.
+            StorageError.
+        """
+        self.commit()
+        export_session(self.store.root, self.name, path)
 
     @property
     def closed(self) -> bool:

@@ -13,6 +13,9 @@ from infllm_agent.memory import ContextMemory
 from infllm_agent.planes import BlockShape
 from infllm_agent.state import Division, LayerState, MemoryState, WindowState
 
+#: Of tails and block files: a session of another is not opened.
+FORMAT = 2
+
 
 def pack(
     state: MemoryState, config: MemoryConfig, marks: Marks | None = None

@@ -7,6 +7,8 @@ refers to in other files (blocks, tail) must be on stable storage before it.
 from __future__ import annotations
 
 import json
+import os
+import re
 import sqlite3
 import threading
 import time
@@ -20,7 +22,9 @@ from typing import Any
 
 from infllm_agent.catalog import SESSION_DATABASE, Catalog, SessionExists, SessionInfo, read_info
 from infllm_agent.database import SESSION_SCHEMA, connect, storage_errors, transaction
-from infllm_agent.errors import SessionClosed, StorageError, UnknownSession
+from infllm_agent.errors import CorruptSession, SessionClosed, StorageError, UnknownSession
+from infllm_agent.files import sync_folder
+from infllm_agent.integrity import has_traces, rebuild_search_index, row_damages, search_index_damage
 from infllm_agent.locks import WriterLock
 from infllm_agent.records import (
     Extent,
@@ -45,6 +49,9 @@ from infllm_agent.records import (
 from infllm_agent.trace import Trace
 
 __all__ = ["Message", "SessionStore"]
+
+#: A folder of block files that a rebuild has made; the state of a commit names it until they are in their places.
+REBUILT = re.compile(r"rebuilt-[0-9a-f]{32}")
 
 
 class SessionStore:
@@ -72,6 +79,7 @@ class SessionStore:
             self.fingerprint: dict[str, Any] = json.loads(row.fingerprint)
             self.created = row.created
             if lock is not None:
+                self.settle()
                 catalog.record(self.info)
         except BaseException:
             self._db.close()
@@ -91,6 +99,12 @@ class SessionStore:
                 write_session(db.conn, SessionRow(name, text, now))
                 write_generation(db.conn, Generation(0, None, 0, 0, 0, 0, 0, 0, now))
 
+        return cls.add(root, name, fill)
+
+    @classmethod
+    def add(cls, root: str | PathLike[str], name: str, fill: Callable[[Path], None]) -> SessionStore:
+        """Make a session whose files ``fill`` writes into its folder, and open it for writing. It is there whole or not
+        at all. Raises what ``create`` raises, and CorruptSession."""
         catalog = Catalog(root)
         id, lock = catalog.add(name, fill)
         return cls._locked(catalog, id, name, lock)
@@ -185,6 +199,11 @@ class SessionStore:
         except BaseException:
             lock.release()
             raise
+
+    @property
+    def root(self) -> Path:
+        """The folder that holds all sessions."""
+        return self._catalog.root
 
     @property
     def readonly(self) -> bool:
@@ -304,7 +323,7 @@ class SessionStore:
     def traces(self, start: int = 0, stop: int | None = None) -> list[Trace]:
         """What the answers among a slice of the messages attended to, where that was traced."""
         with self._using() as conn:
-            if not self._has_traces(conn):
+            if not has_traces(conn):
                 return []
             first, last, _ = slice(start, stop).indices(self.message_count)
             rows = conn.execute(
@@ -316,13 +335,9 @@ class SessionStore:
     def traced(self) -> list[int]:
         """The indices of the messages that ``traces`` has something of."""
         with self._using() as conn:
-            if not self._has_traces(conn):
+            if not has_traces(conn):
                 return []
             return [position for (position,) in conn.execute("SELECT position FROM traces ORDER BY position")]
-
-    def _has_traces(self, conn: sqlite3.Connection) -> bool:
-        """A reader may find a database from before there were any."""
-        return conn.execute("SELECT 1 FROM sqlite_master WHERE name = 'traces'").fetchone() is not None
 
     def chunks(self) -> list[tuple[int, int]]:
         """Every execution chunk as (start, length), in order."""
@@ -387,17 +402,48 @@ class SessionStore:
                 ).fetchall()
             return as_messages(rows)
 
-    def verify(self) -> None:
-        """Read and check everything; CorruptSession says what is damaged. Takes time proportional to the history."""
+    @property
+    def committed(self) -> Generation:
+        """The last commit."""
+        return self._head()
+
+    def damages(self) -> list[str]:
+        """What is wrong with the database, a line each that names the file; the full-text index left aside. Takes time
+        proportional to the history."""
         with self._using() as conn:
-            result = conn.execute("PRAGMA integrity_check(1)").fetchone()[0]
-            expect(result == "ok", " ".join(str(result).split()))
-            if self._lock is not None:  # FTS5 takes this question as a write
-                conn.execute("INSERT INTO messages_fts (messages_fts, rank) VALUES ('integrity-check', 1)")
-            self.messages()
-            self.token_ids()
-            self.chunks()
-            self.traces()
+            return row_damages(conn, self._path)
+
+    def search_damage(self) -> str | None:
+        """What is wrong with the full-text index. None: nothing, or the session is open for reading only."""
+        if self._lock is None:
+            return None
+        with self._using() as conn:
+            return search_index_damage(conn, self._path)
+
+    def rebuild_search(self) -> None:
+        """Make the full-text index anew. Raises StorageError if opened read-only."""
+        with self._using() as conn:
+            rebuild_search_index(conn)
+
+    def verify(self) -> None:
+        """Read and check everything in the database; CorruptSession says what is damaged."""
+        for damage in (*self.damages(), self.search_damage()):
+            if damage is not None:
+                raise CorruptSession(damage)
+
+    def settle(self) -> None:
+        """Move the block files of a committed rebuild to their places. One that was killed before it had is finished
+        when the session is next opened for writing. Raises StorageError."""
+        name = (self.state or {}).get("rebuilt")
+        if not isinstance(name, str) or not REBUILT.fullmatch(name) or not (made := self.folder / name).is_dir():
+            return
+        with storage_errors(made):
+            for path in sorted(made.glob("segment-*.kv")):
+                os.replace(path, self.folder / path.name)
+            sync_folder(made)
+            sync_folder(self.folder)
+            with suppress(OSError):
+                made.rmdir()
 
     def close(self) -> None:
         """Close the files and give the lock back; more than once does no harm."""

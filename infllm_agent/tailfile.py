@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import uuid
 import zlib
 from pathlib import Path
@@ -14,6 +15,9 @@ from torch import Tensor
 
 from infllm_agent.errors import CorruptSession, StorageError
 from infllm_agent.files import sync_folder
+
+#: What a tail file is called.
+TAIL_NAME = re.compile(r"tail-[0-9a-f]{32}\.safetensors")
 
 
 def write_tail(folder: Path, tensors: dict[str, Tensor]) -> tuple[str, int]:

@@ -18,7 +18,10 @@ LAYERS = [
     ["planes", "hostcache", "tiers", "blockfile", "blocks", "index", "state", "window"],
     ["layers", "memory"],
     ["hub", "attention", "probe", "scheduler", "model", "snapshot"],
-    ["trace", "database", "locks", "records", "catalog", "store", "tailfile", "fork"],
+    [
+        *["trace", "database", "locks", "records", "integrity", "catalog", "store", "tailfile", "fork"],
+        *["check", "rebuild", "archive", "prune"],
+    ],
     [
         "chat",
         "tokens",
@@ -38,7 +41,7 @@ LAYERS = [
     ["runtime"],
     [
         *["integrations", "bench", "inspector"],
-        *["demo", "cli", "cli_chat", "cli_input", "cli_options", "cli_output", "cli_sessions"],
+        *["demo", "cli", "cli_chat", "cli_input", "cli_options", "cli_output", "cli_sessions", "cli_upkeep"],
         *["chat_commands", "chat_gauge", "chat_live", "chat_prompt", "chat_screen", "transcript"],
     ],
 ]
