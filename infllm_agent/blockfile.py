@@ -22,6 +22,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,7 +33,7 @@ from torch import Tensor
 from infllm_agent.errors import CorruptSession, StorageError
 from infllm_agent.files import share, sync_folder
 from infllm_agent.planes import CRC_BYTES, BlockShape, checksum
-from infllm_agent.threads import in_parallel
+from infllm_agent.threads import in_background, in_parallel
 
 PAGE = 4096
 MAGIC = b"INFLLM-KV2\n"
@@ -158,6 +159,18 @@ class BlockFiles:
             lambda part: self._read(blocks[part], plane, into[part]),
             [slice(at, at + READ_TOGETHER) for at in range(0, len(blocks), READ_TOGETHER)],
         )
+
+    def expect(self, blocks: Sequence[int], plane: int) -> None:
+        """Some of these will probably be read soon: the system may fetch them. Returns at once."""
+        in_background(lambda: self._advise(blocks, plane))
+
+    def _advise(self, blocks: Sequence[int], plane: int) -> None:
+        size, place = self.shape.plane_bytes(plane), self.shape.place(plane)
+        for segment, group in groupby(blocks, lambda block: block // SEGMENT_BLOCKS):
+            with suppress(OSError), open(segment_path(self.folder, segment), "rb", buffering=0) as file:
+                for block in group:
+                    at = self._place(block % SEGMENT_BLOCKS) + place
+                    os.posix_fadvise(file.fileno(), at, size + CRC_BYTES, os.POSIX_FADV_WILLNEED)
 
     def _read(self, blocks: Sequence[int], plane: int, into: np.ndarray[tuple[int, int], np.dtype[np.uint8]]) -> None:
         size, place = self.shape.plane_bytes(plane), self.shape.place(plane)

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from infllm_agent.blockfile import SEGMENT_BLOCKS, BlockFiles
+from infllm_agent.blockfile import READ_TOGETHER, SEGMENT_BLOCKS, BlockFiles
 from infllm_agent.errors import BudgetExceeded
-from infllm_agent.hostcache import SlotTable
-from infllm_agent.planes import CRC_BYTES, BlockShape, checksum, decode, encode
+from infllm_agent.hostcache import Blocks, SlotTable
+from infllm_agent.planes import CRC_BYTES, BlockShape, checksum, decode, encode, is_keys
 from infllm_agent.tiers import Tiers
 
 #: Blocks that host memory is taken for at a time.
@@ -164,13 +164,12 @@ class BlockStore:
         raw = torch.empty((len(blocks), self._cache.slot_bytes), dtype=torch.uint8, pin_memory=self.tiers.pin)
         read = 0
         if stored:
-            files = self.files
             read = self._cache.gather(
                 self._table,
                 plane,
                 np.array(blocks[:stored], dtype=np.int64),
                 raw[:stored],
-                lambda wanted, into: files.read(wanted.tolist(), plane, into.numpy()),
+                lambda wanted, into: self._read(wanted, plane, into),
             )
         self.counters = StoreCounters(self.counters.host + len(blocks) - read, self.counters.disk + read)
         place, wanted = shape.place(plane), torch.tensor(blocks)
@@ -181,6 +180,15 @@ class BlockStore:
         if device is not None and device.type != "cpu":
             raw = raw.to(device, non_blocking=True)
         return decode(raw, plane, shape)
+
+    def _read(self, wanted: Blocks, plane: int, into: Tensor) -> None:
+        """Read planes that are not in host memory. What one layer has to read, the next one often has to: that is told
+        to the system, which can fetch it while this layer computes."""
+        following = plane + 2
+        if is_keys(plane) and following < self.shape.planes and len(wanted) >= READ_TOGETHER:
+            absent = wanted[self._table.slots[following, wanted] < 0]
+            self.files.expect(absent.tolist(), following)
+        self.files.read(wanted.tolist(), plane, into.numpy())
 
     # -- files -------------------------------------------------------------------------------------------------------
 

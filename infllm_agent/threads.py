@@ -26,6 +26,11 @@ def in_parallel(work: Callable[[T], None], parts: Sequence[T]) -> None:
         pass
 
 
+def in_background(work: Callable[[], None]) -> None:
+    """Do it in another thread, sooner or later; nobody is told how it went."""
+    _readers().submit(work)
+
+
 @cache
 def _readers() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(READERS, thread_name_prefix="infllm-read")
