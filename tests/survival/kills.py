@@ -15,7 +15,7 @@ from infllm_agent import AgentRuntime
 from infllm_agent.catalog import Catalog
 from survival import tracer
 from survival.process import Progress, fork, wait
-from survival.script import NAME, PROBE, Script, Uninterrupted, do
+from survival.script import NAME, PROBE, Script, Survivor, Uninterrupted, do
 
 
 def live(runtime: AgentRuntime, script: Script, progress: Progress) -> None:
@@ -34,7 +34,8 @@ def live(runtime: AgentRuntime, script: Script, progress: Progress) -> None:
 
 def check_survivor(run: Uninterrupted, root: Path, acknowledged: int, *, probe: int = PROBE) -> int:
     """Whether the session under ``root`` is whole and has all that was acknowledged; its generation."""
-    assert Catalog(root).problems() == []
+    if problems := Catalog(root).problems():
+        raise Survivor(f"not readable: {problems}")
     runtime = run.runtime(root)
     try:
         session = runtime.open_idle(NAME)
