@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from survival import tracer, trials
 from survival.migrations import UNDO, Upgrade, released
+from survival.runner import Table, run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 traced = pytest.mark.skipif(not tracer.possible(), reason="processes cannot be traced here")
@@ -48,3 +50,15 @@ def test_sessions_of_every_released_schema(tmp_path: Path, schema: str) -> None:
 def test_every_migration_can_be_undone_here() -> None:
     """A new migration needs an entry, so that sessions from before it are tried."""
     assert list(UNDO) == released()[:0:-1]
+
+
+def test_a_violation_ends_a_long_run_and_says_how_to_see_it_again(tmp_path: Path) -> None:
+    def series() -> Iterator[Counter[str]]:
+        yield Counter({"kills": 1})
+        raise AssertionError("a message\nis lost")
+
+    out = tmp_path / "table.json"
+    assert not run("kills", series(), 10, 60, Table(out, 3), "survival crash kills --seed 3")
+    said = json.loads(out.read_text())["kinds"]["kills"]
+    assert (said["trials"], said["counts"]) == (1, {"kills": 1})
+    assert said["failure"] == "a message is lost (again: survival crash kills --seed 3)"

@@ -122,7 +122,8 @@ def _operate(session: Session, dice: random.Random, who: str, op: int) -> str:
     elif what[0] == "usage":
         assert session.usage["tokens"] >= 0
     elif what[0] == "token_ids":
-        assert len(session.token_ids()) >= session.store.token_count >= 0
+        stored = session.store.token_count
+        assert len(session.token_ids()) >= stored
     elif what[0] == "commit":
         session.commit()
     else:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import sys
 import tempfile
@@ -110,7 +109,6 @@ def main() -> None:
     if unknown := set(kinds) - table_of.keys():
         parser.error(f"no kind of {options.what}: {', '.join(sorted(unknown))}; there are {', '.join(table_of)}")
     counts = _counts(options.count, trials.COUNTS)
-    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     folder = Path(tempfile.mkdtemp(prefix="survival-", dir=options.folder))
     table, good = Table(options.json, options.seed), True
     end = time.monotonic() + options.minutes * 60
