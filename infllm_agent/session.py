@@ -555,7 +555,8 @@ class Session:
             start = self.memory.length
             try:
                 urgency = self._urgency(left, first or before_answer)
-                with self.observer.reading(self.memory, len(chunk)):
+                # New blocks may have to be written now, to make room.
+                with self.observer.reading(self.memory, len(chunk)), storage_errors(self.store.folder):
                     logits = self.model.forward(chunk, self.memory, urgency=urgency)
             except BaseException as error:
                 # The past is untouched unless the chunk was being made part of it.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import gc
+import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from infllm_agent import AgentRuntime, MemoryConfig, Session
 from infllm_agent.config import RuntimeConfig
-from infllm_agent.errors import BudgetExceeded, ConfigError, CorruptSession
+from infllm_agent.errors import BudgetExceeded, ConfigError, CorruptSession, StorageError
 from infllm_agent.files import folder_bytes
 from infllm_agent.hostcache import Blocks, HostCache, SlotTable
 from infllm_agent.kernels.int8 import dequantize, quantize
@@ -143,6 +145,29 @@ def test_a_long_session_stays_under_a_small_budget(model: LocalModel, tmp_path: 
         assert small.session("ops").token_count == 0
         small.session("ops").append_user("again")
         assert list(small.session("ops").memory.store.files.damages()) == []
+
+
+def test_a_full_disk_while_reading_stops_and_loses_nothing(
+    model: LocalModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with AgentRuntime(tmp_path, model, SMALL, RuntimeConfig(host_budget=least(model))) as runtime:
+        session, twin = runtime.session("ops"), model.new_memory(SMALL)
+
+        def no_space(*arguments: object) -> int:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "pwritev", no_space)
+            with pytest.raises(StorageError, match="No space left"):
+                session.append_tool_result("shell", LINE * 120)
+        assert session.pending_tokens > 64
+        session.ingest()
+        assert session.memory.store.stored > 0
+        session.commit()  # which makes room for a fork
+        ids = session.token_ids()
+        for start, length in session.chunks():
+            model.forward(ids[start : start + length], twin)
+        assert torch.equal(logits(session), model.forward([*ids[twin.length :], 5, 6], twin))
 
 
 def test_several_sessions_share_the_budget(model: LocalModel, tmp_path: Path) -> None:
