@@ -26,6 +26,7 @@ from infllm_agent.bench.oplog import Log, generate
 from infllm_agent.catalog import Catalog
 from infllm_agent.config import RuntimeConfig
 from infllm_agent.demo import ask
+from infllm_agent.records import Message
 from infllm_agent.tailfile import write_tail
 
 PART = 25_000
@@ -109,7 +110,7 @@ def tile(runtime: AgentRuntime, options: argparse.Namespace) -> list[dict]:
     ids = short.store.token_ids()
     size = config.chunk_size
     session.store.commit(
-        messages=[],
+        messages=[Message(0, "tool", "shell", None, "tiled", time.time(), 0, length)],
         token_ids=[*ids] * (length // len(ids)) + [*ids[: length % len(ids)]],
         chunks=[(start, min(size, length - start)) for start in range(0, length, size)],
         state={"memory": record, "tail": tail, "tail_crc": crc},
@@ -174,6 +175,7 @@ def one_round(runtime: AgentRuntime, name: str, row: dict[str, list[float]], *, 
     fork_s = timed(lambda: runtime.fork(name, "trial"))
     trial = runtime.session("trial")
     own = sum(path.stat().st_size for path in trial.store.folder.iterdir() if path.stat().st_nlink == 1)
+    runtime.release(name)
     note("fork_s", fork_s)
     note("fork_own_share", own / sum(path.stat().st_size for path in folder.iterdir()))
     runtime.release("trial")
