@@ -69,6 +69,11 @@ class MemoryConfig(Settings):
         description="votes: each query and head divides one vote among the blocks; similarity: all summed (the paper)",
     )
     max_votes: int = Field(32, ge=1, description="queries of a chunk that vote; neighbours are averaged to so many")
+    flat_blocks: int | None = Field(
+        4096,
+        ge=1,
+        description="most blocks of which the votes compare all keys; of more, cells of keys show which; None: of all",
+    )
     candidates: int = Field(
         384, ge=0, description="blocks whose exact keys a second pass compares to choose topk of them; 0: no such pass"
     )
@@ -108,6 +113,7 @@ class MemoryConfig(Settings):
             **{"repr_topk": 4, "chunk_size": 512, **shipped, **sizes},
             block_key="representatives",
             lookup="similarity",
+            flat_blocks=None,
             candidates=0,
             question_tail=0,
             positions="one_angle",
@@ -119,6 +125,7 @@ class MemoryConfig(Settings):
         before_there_was_a_choice = {
             "block_key": "representatives",
             "lookup": "similarity",
+            "flat_blocks": None,
             "candidates": 0,
             "question_tail": 0,
         }
