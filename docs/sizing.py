@@ -19,7 +19,7 @@ from infllm_agent.blockfile import PAGE as FILE_PAGE
 from infllm_agent.blockfile import SEGMENT_BLOCKS
 from infllm_agent.blocks import HOST_BLOCKS
 from infllm_agent.config import MemoryConfig
-from infllm_agent.index import INDEX_STEP
+from infllm_agent.index import CELLS, INDEX_STEP
 from infllm_agent.planes import BlockShape
 from infllm_agent.state import Division
 
@@ -90,14 +90,18 @@ class Sizes:
         return self.key_bytes * (window_parts * window + far_parts * far + 2 * cached)
 
     def index_bytes(self, tokens: int, *, resumed: bool = False) -> int:
-        """The index: a float32 key for each block and layer. Its room doubles as a session grows; a session that is
-        opened takes what it needs, in steps."""
+        """The index: a key for each block and layer; past ``flat_blocks`` also the key's cell in each key head, and the
+        cells' centres. Its room doubles as a session grows; a session that is opened takes what it needs, in steps."""
         blocks, rows = self.blocks(tokens), INDEX_STEP
         if resumed and blocks > rows:
             rows = max(2 * rows, -(-blocks // INDEX_STEP) * INDEX_STEP)
         while rows < blocks:
             rows *= 2
-        return rows * self.layers * self.kv_heads * self.head_dim * 4
+        key_bytes = self.kv_heads * self.head_dim * self.shape.torch_dtype.itemsize
+        flat = self.config.flat_blocks
+        if flat is None or blocks <= flat:
+            return self.layers * rows * key_bytes
+        return self.layers * (rows * (key_bytes + 2 * self.kv_heads) + CELLS * key_bytes)
 
 
 MODELS = (

@@ -70,6 +70,11 @@ class MemoryConfig(Settings):
         description="votes: each query and head divides one vote among the blocks; similarity: all summed (the paper)",
     )
     max_votes: int = Field(32, ge=1, description="queries of a chunk that vote; neighbours are averaged to so many")
+    flat_blocks: int | None = Field(
+        4096,
+        ge=1,
+        description="most blocks of which the votes compare all keys; of more, cells of keys show which; None: of all",
+    )
     candidates: int = Field(
         384, ge=0, description="blocks whose exact keys a second pass compares to choose topk of them; 0: no such pass"
     )
@@ -113,6 +118,7 @@ class MemoryConfig(Settings):
             **{"repr_topk": 4, "chunk_size": 512, **shipped, **sizes},
             block_key="representatives",
             lookup="similarity",
+            flat_blocks=None,
             candidates=0,
             question_tail=0,
             positions="one_angle",
@@ -124,6 +130,7 @@ class MemoryConfig(Settings):
         before_there_was_a_choice = {
             "block_key": "representatives",
             "lookup": "similarity",
+            "flat_blocks": None,
             "candidates": 0,
             "question_tail": 0,
             "block_dtype": "model",

@@ -24,9 +24,9 @@ from torch import Tensor
 from infllm_agent.blockfile import BlockFiles
 from infllm_agent.blocks import BlockCache, BlockStore
 from infllm_agent.config import MemoryConfig
-from infllm_agent.index import BlockIndex
+from infllm_agent.index import BlockIndex, best
 from infllm_agent.kernels.attention import attend, merge
-from infllm_agent.kernels.lookup import attention_mass, representative_scores, similarity, voters, votes
+from infllm_agent.kernels.lookup import attention_mass, representative_scores, similarity, voters
 from infllm_agent.kernels.rotary import RotaryTable
 from infllm_agent.layers import LayerSpec, SlidingLayer, block_shape
 from infllm_agent.state import Division, LayerState, MemoryState
@@ -87,7 +87,8 @@ class MemoryLayer:
             self.far_k_rotated = torch.empty_like(self.far_k)
         self.n_sinks = 0
         self.selected: list[int] = []  # the blocks among the far keys
-        self.blocks = BlockIndex(spec.kv_heads, spec.head_dim, device)
+        flat = config.flat_blocks if config.lookup == "votes" else None
+        self.blocks = BlockIndex(spec.kv_heads, spec.head_dim, shape.torch_dtype, device, flat)
 
     # -- one chunk: append, look up, bring, attend -------------------------------------------------------------------
 
@@ -102,24 +103,24 @@ class MemoryLayer:
     def look_up(self, q: Tensor, scale: float) -> list[int]:
         """The ``topk`` blocks that the chunk's queries ask for, in their order.
 
-        First all blocks by the one key that stands for each (paper, eq. 2; or votes), then, with ``candidates``, the
-        best of them by all their keys.
+        First all blocks by the one key that stands for each (paper, eq. 2; or votes, of many blocks by the cells in
+        which these keys lie), then, with ``candidates``, the best of them by all their keys.
         """
         config, n_blocks = self.config, self.blocks.count
         topk = min(config.topk, n_blocks)
         if topk in (0, n_blocks):
             return list(range(topk))
         asking = voters(q, config.max_votes)
+        candidates = min(max(topk, config.candidates), n_blocks)
         if config.lookup == "similarity":
-            scores = similarity(q, self.blocks.keys)
+            chosen = best(similarity(q, self.blocks.keys), candidates)
         else:
-            scores = votes(asking, self.blocks.keys, scale)
-        best = scores.topk(min(max(topk, config.candidates), n_blocks)).indices.sort().values
+            chosen = self.blocks.most_voted(asking, scale, candidates)
         if config.candidates:
-            keys = self.store.keys(best.tolist(), self.index, q.device)
-            best = best[attention_mass(asking, keys.transpose(0, 1), scale).topk(topk).indices.sort().values]
-        chosen: list[int] = best.tolist()
-        return chosen
+            keys = self.store.keys(chosen.tolist(), self.index, q.device).transpose(0, 1)
+            chosen = chosen[best(attention_mass(asking, keys, scale), topk)]
+        blocks: list[int] = chosen.tolist()
+        return blocks
 
     def bring(self, blocks: list[int]) -> None:
         """Make ``blocks`` the far keys behind the sinks, through the device cache."""
@@ -313,15 +314,16 @@ class ContextMemory:
         layers = list(self.layers.values())
         self.tiers.reserve_device(sum(layer.blocks.growth(files.count) for layer in layers))
         self.store.attach(files)
-        shape = (files.count, files.shape.kv_heads, files.shape.head_dim)
-        keys = [torch.empty(shape, dtype=files.shape.torch_dtype) for _ in layers]
-        files.keys(keys)
+        files.keys([layer.blocks.extend(files.count) for layer in layers])
         for layer in layers:
-            layer.blocks.append(keys[layer.index])
+            layer.blocks.sort()
 
     def dismiss(self) -> None:
-        """It is used no more: what it takes does not count towards the budgets from now on."""
+        """It is used no more: what it takes is given back at once, whoever still refers to it."""
         self.tiers.dismiss(self, self.store)
+        self.layers.clear()
+        self.sliding.clear()
+        self.store = BlockStore(self.store.shape, self.tiers)
 
     def reserve(self, n: int) -> None:
         """Make sure of room for what ``n`` more tokens will seal. Nothing else is changed.
@@ -436,8 +438,8 @@ class ContextMemory:
         return remembering + sum(layer.device_bytes() for layer in self.sliding.values())
 
     def index_bytes(self) -> int:
-        """Bytes of the block keys that every lookup reads: the one part on the device that grows, by four bytes a
-        channel for each block, in steps that double."""
+        """Bytes of the block keys that lookups read: the one part on the device that grows, by a key for each block in
+        the model's precision, in steps that double."""
         return sum(layer.blocks.device_bytes() for layer in self.layers.values())
 
     def bytes(self) -> int:

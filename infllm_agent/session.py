@@ -351,6 +351,7 @@ class Session:
     def rollback(self) -> None:
         """Go back to the last commit."""
         with self._lock:
+            self._broken = True  # unless it can be loaded
             self.memory.dismiss()
             self._load()
 

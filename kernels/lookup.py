@@ -1,5 +1,7 @@
 """Which blocks do a chunk's queries ask for? The scores of a lookup, coarse and exact, in plain torch.
 
+Keys may be of any precision; scores are computed in float32.
+
 Positions play no part: queries and keys come without rotary embedding. Each function is checked against
 ``kernels.reference``.
 """
@@ -8,6 +10,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+#: Block keys that are worked on at once where there are many: so few that all that is made of them stays in the cache.
+SLAB = 1024
 
 
 def representative_scores(k: Tensor, queries: Tensor, n_local: int) -> Tensor:
@@ -41,14 +46,14 @@ def similarity(q: Tensor, block_keys: Tensor) -> Tensor:
 
     Args:
         q: (q_heads, n, head_dim).
-        block_keys: (blocks, kv_heads, head_dim) float32.
+        block_keys: (blocks, kv_heads, head_dim).
 
     Returns:
         (blocks,) float32, the sum divided by the number of its terms.
     """
     blocks, kv_heads, head_dim = block_keys.shape
     query = q.view(kv_heads, -1, head_dim).mean(dim=1, dtype=torch.float32)
-    return block_keys.view(blocks, -1) @ query.reshape(-1)
+    return block_keys.float().view(blocks, -1) @ query.reshape(-1)
 
 
 def voters(q: Tensor, most: int) -> Tensor:
@@ -71,15 +76,63 @@ def votes(q: Tensor, block_keys: Tensor, scale: float) -> Tensor:
 
     Args:
         q: (q_heads, n, head_dim) float32.
-        block_keys: (blocks, kv_heads, head_dim) float32.
+        block_keys: (blocks, kv_heads, head_dim).
         scale: the model's factor on q·k.
 
     Returns:
         (blocks,) float32; the sum over blocks is q_heads · n.
     """
-    kv_heads, head_dim = block_keys.shape[1:]
-    logits = (q * scale).reshape(kv_heads, -1, head_dim) @ block_keys.permute(1, 2, 0)
+    queries = _by_kv_head(q, block_keys.shape[1], scale)
+    converted = [block_keys] if block_keys.dtype == torch.float32 else torch.split(block_keys, 4 * SLAB)
+    logits = torch.cat([queries @ keys.float().permute(1, 2, 0) for keys in converted], dim=-1)
     return logits.softmax(dim=-1).sum(dim=(0, 1))
+
+
+def votes_among(q: Tensor, block_keys: Tensor, others: Tensor, scale: float) -> Tensor:
+    """``votes`` for some of all blocks: the rest of each vote goes to others, whose scores nobody wants.
+
+    Args:
+        q, block_keys, scale: as for ``votes``.
+        others: (kv_heads, queries of a key head, 1) float32, log Σ exp(scale · q·k) over the other blocks.
+
+    Returns:
+        (blocks,) float32.
+    """
+    queries = _by_kv_head(q, block_keys.shape[1], scale)
+    slabs = [queries @ keys.float().permute(1, 2, 0) for keys in torch.split(block_keys, SLAB)]
+    # A softmax over what each slab gets in all, then one inside each: no array over all blocks is ever made.
+    totals = torch.cat([*(logits.logsumexp(dim=-1, keepdim=True) for logits in slabs), others], dim=-1).softmax(dim=-1)
+    parts = zip(torch.split(totals.mT, 1, dim=1), slabs, strict=False)
+    return torch.cat([(total @ logits.softmax(dim=-1)).sum(dim=(0, 1)) for total, logits in parts])
+
+
+def cell_shares(q: Tensor, centres: Tensor, spread: Tensor, sizes: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """How each query divides its vote among cells of blocks, when of a key no more is known than its cell.
+
+    The keys of a cell are taken as normal about its centre c, with one covariance Σ in all cells of a key head:
+    E[exp(q·k)] = exp(q·c + ½ qᵀΣq).
+
+    Args:
+        q: (q_heads, n, head_dim) float32.
+        centres: (kv_heads, cells, head_dim).
+        spread: (kv_heads, head_dim, head_dim) float32, Σ.
+        sizes: (kv_heads, cells), how many blocks are in each cell.
+        scale: the model's factor on q·k.
+
+    Returns:
+        (kv_heads, queries of a key head, cells) float32, which sum to 1 over the cells;
+        (kv_heads, queries of a key head, 1) float32, log Σ exp(scale · q·k) over all blocks.
+    """
+    queries = _by_kv_head(q, len(centres), scale)
+    logits = torch.baddbmm(sizes.log().unsqueeze(1), queries, centres.float().transpose(1, 2))
+    shares = logits.softmax(dim=-1)
+    total = logits.amax(dim=-1, keepdim=True) - shares.amax(dim=-1, keepdim=True).log()
+    return shares, total + ((queries @ spread) * queries).sum(dim=-1, keepdim=True) / 2
+
+
+def cell_sizes(cells: Tensor, count: int) -> Tensor:
+    """How many blocks are in each of ``count`` cells: (kv_heads, count), from the cells (kv_heads, blocks) int64."""
+    return torch.stack([torch.bincount(head, minlength=count) for head in cells])
 
 
 def attention_mass(q: Tensor, keys: Tensor, scale: float) -> Tensor:
@@ -95,3 +148,8 @@ def attention_mass(q: Tensor, keys: Tensor, scale: float) -> Tensor:
     blocks, size = keys.shape[1:3]
     every = keys.flatten(1, 2).float().transpose(0, 1)
     return votes(q, every, scale).view(blocks, size).sum(dim=-1)
+
+
+def _by_kv_head(q: Tensor, kv_heads: int, scale: float) -> Tensor:
+    """Scaled queries (kv_heads, queries of all heads that share a key head, head_dim)."""
+    return (q * scale).reshape(kv_heads, -1, q.shape[-1])

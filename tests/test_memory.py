@@ -64,7 +64,7 @@ def test_device_memory_does_not_grow() -> None:
 
 
 def test_the_index_grows_by_doubling() -> None:
-    index = BlockIndex(2, 8, torch.device("cpu"))
+    index = BlockIndex(2, 8, torch.float32, torch.device("cpu"))
     rows = torch.randn(5000, 2, 8, generator=torch.Generator().manual_seed(0))
     for part in rows.split(7):
         index.append(part)
@@ -73,7 +73,7 @@ def test_the_index_grows_by_doubling() -> None:
 
 
 def test_a_forked_index_and_its_original_grow_apart() -> None:
-    original = BlockIndex(1, 2, torch.device("cpu"))
+    original = BlockIndex(1, 2, torch.float32, torch.device("cpu"))
     original.append(torch.zeros(3, 1, 2))
     forks = [original.fork(3), original.fork(2)]
     original.append(torch.ones(2, 1, 2))
