@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import signal
 from collections import Counter
+from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from infllm_agent.blockfile import SEGMENT_BLOCKS
 from infllm_agent.errors import CorruptSession, StorageError
 from infllm_agent.store import SessionStore
 from survival.kills import check_survivor
-from survival.process import Progress
+from survival.process import Progress, fork, wait
 from survival.script import NAME, PROBE, Uninterrupted, do, told
 from survival.tracer import KILL, READS, TAKES_SPACE, Call, Decide, begin, end, traced
 
@@ -166,6 +168,49 @@ class OneCommit:
         assert len(folders) == 1, folders
         there = [name for name in os.listdir(folders[0]) if name.startswith("tail-")]
         assert 1 <= len(there) <= tails, there
+
+
+class Opening:
+    """Death at each call of opening a session: one that is not there yet, and one that a killed process left."""
+
+    def __init__(self, run: Uninterrupted, folder: Path) -> None:
+        self._run = run
+        self._left, self._root = folder / "left", folder / "opened"
+        self._generation = len(run.script.parts) // 2
+        runtime = run.runtime(self._left)
+
+        def die(progress: Progress) -> None:
+            session = runtime.open_idle(NAME)
+            for part in run.script.parts[: self._generation]:
+                for step in part:
+                    do(session, step)
+                session.commit()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        assert wait(*fork(die))
+
+    def trials(self) -> Iterator[Counter[str]]:
+        for base, generation in ((None, 0), (self._left, self._generation)):
+            calls: list[Call] = []
+            self._open(base, calls.append)
+            for call in calls:
+                if call.name not in READS:
+                    self._open(base, lambda now, number=call.number: KILL if now.number == number else None)
+                    check_survivor(self._run, self._root, generation, probe=16)
+                    yield Counter({"crashes": 1, f"crashes while {'opening' if base else 'making'} a session": 1})
+
+    def _open(self, base: Path | None, decide: Decide) -> None:
+        shutil.rmtree(self._root, ignore_errors=True)
+        self._root.mkdir() if base is None else shutil.copytree(base, self._root)
+        runtime = self._run.runtime(self._root)
+
+        def work(_: Progress) -> None:
+            begin()
+            runtime.open_idle(NAME)
+            runtime.drop(NAME)
+            end()
+
+        traced(self._root, work, decide)
 
 
 def sites(calls: list[Call]) -> list[Call]:

@@ -21,8 +21,8 @@ SETTINGS = MemoryConfig(
 )
 HOST_BUDGET = 16 << 20  # less than the blocks of 100,000 tokens
 WARM_UP = 0.25  # of the tokens, and at most WARM_UP_TOKENS
-WARM_UP_TOKENS = 100_000
-GROWTH = 8 << 20  # bytes of memory that the allocator may take later, besides the index
+WARM_UP_TOKENS = 500_000
+GROWTH = 24 << 20  # bytes that Python and the allocators may take later: they level off slowly
 
 
 @dataclass(frozen=True)

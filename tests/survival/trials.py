@@ -12,7 +12,7 @@ from pathlib import Path
 from infllm_agent.model import LocalModel
 from survival import races, soak
 from survival.damage import Damage
-from survival.faults import OneCommit
+from survival.faults import OneCommit, Opening
 from survival.kills import Kills
 from survival.script import Uninterrupted, load_model
 
@@ -65,6 +65,11 @@ def io(world: World, folder: Path, seed: int) -> Series:
     for commit in commits(world, folder, seed):
         for call in commit.calls_with_close:
             yield commit.crash(call)
+
+
+def opening(world: World, folder: Path, seed: int) -> Series:
+    """Death at each call of making a session, and of opening one that a killed process left."""
+    yield from Opening(world.run(folder, seed + SMALL_COMMIT), folder).trials()
 
 
 def faults(world: World, folder: Path, seed: int) -> Series:
@@ -176,6 +181,7 @@ class _Telling:
 CRASH: dict[str, Callable[[World, Path, int], Series]] = {
     "kills": kills,
     "io": io,
+    "opening": opening,
     "faults": faults,
     "damage": damage,
     "races": race,
@@ -191,6 +197,7 @@ SOAK: dict[str, Callable[[World, Path, int], Series]] = {"threads": threads, "gr
 COUNTS = {
     "kills": 1000,
     "io": 1500,
+    "opening": 1000,
     "faults": 3000,
     "damage": 50_000,
     "races": 1000,
