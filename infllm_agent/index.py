@@ -60,13 +60,12 @@ class Rows:
         return (self.room_for(self.count + count) - self.room) * self._room[0].nbytes
 
     def append(self, rows: Tensor) -> None:
-        self.extend(rows.shape[0]).copy_(rows)
+        if rows.shape[0]:
+            self.extend(rows.shape[0]).copy_(rows)
 
     def extend(self, count: int) -> Tensor:
         """So many rows more, to be written by the caller."""
         stop = self.count + count
-        if not count:
-            return self._room[stop:stop]
         room = self.room_for(stop)
         if room > self.room or self._shared:
             grown = self._room.new_empty((room, *self._room.shape[1:]))
