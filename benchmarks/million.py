@@ -5,6 +5,7 @@
                                                                  # blocks written again and again, keys with some noise
     python benchmarks/million.py ask ROOT                        # what it remembers
     python benchmarks/million.py measure ROOT                    # what it costs, beside the same session at 32K tokens
+    python benchmarks/million.py resident ROOT                   # what memory a process with it takes
 
 Each takes --host-budget BYTES (2 GiB) and --json OUT. ROOT needs 24 KB of disk for each token of SmolLM2.
 """
@@ -164,6 +165,25 @@ def measure(runtime: AgentRuntime, options: argparse.Namespace) -> dict[str, obj
     return result
 
 
+def resident(runtime: AgentRuntime, options: argparse.Namespace) -> dict[str, int]:
+    """What a process takes that opens the session, has some turns of 500 tokens, and writes a long answer."""
+    session = runtime.session(LONG_NAME)
+    for _ in range(3):
+        turn(session)
+    session.reply(max_tokens=64)
+    result = {
+        "tokens": session.token_count,
+        "peak_mb": peak_mb(),
+        "anonymous_mb": anonymous_mb(),
+        "device_mb": runtime.tiers.device_bytes() // 1_000_000,
+        "host_mb": runtime.tiers.host_bytes() // 1_000_000,
+        "host_budget_mb": options.host_budget // 1_000_000,
+    }
+    session.close()  # as it was
+    print(json.dumps(result), flush=True)
+    return result
+
+
 def one_round(runtime: AgentRuntime, name: str, row: dict[str, list[float]], *, cold: bool) -> None:
     def note(what: str, value: float) -> None:
         row.setdefault(what, []).append(value)
@@ -242,7 +262,7 @@ def timed(work: Callable[[], object]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=["fill", "tile", "ask", "measure"])
+    parser.add_argument("what", choices=["fill", "tile", "ask", "measure", "resident"])
     parser.add_argument("root", type=Path)
     parser.add_argument("--tokens", type=int, default=1_000_000)
     parser.add_argument("--rounds", type=int, default=3)
@@ -252,7 +272,7 @@ def main() -> None:
     options = parser.parse_args()
     config = RuntimeConfig(host_budget=options.host_budget, trace="off" if options.what == "measure" else "sampled")
     with AgentRuntime.open(options.root, options.model, MemoryConfig(), config) as runtime:
-        work = {"fill": fill, "tile": tile, "ask": question, "measure": measure}[options.what]
+        work = {"fill": fill, "tile": tile, "ask": question, "measure": measure, "resident": resident}[options.what]
         result = work(runtime, options)
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
