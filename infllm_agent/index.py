@@ -179,7 +179,8 @@ class Cells:
         self._grid = Grid.fit(keys[:flat])
         self._of_blocks = Rows((keys.shape[1],), torch.int16, keys.device, room)
         self._known = 0  # blocks that the centres were taken of
-        self._centres = self._spread = keys.new_empty(0)
+        self._centres = keys.new_empty(0)
+        self._sizes = keys.new_empty(0)  # how many blocks lie in each cell
         self.extend(keys)
 
     def extend(self, keys: Tensor) -> None:
@@ -192,10 +193,10 @@ class Cells:
             self._take_centres(keys[:known])
         cells, _ = self._grid.sort(keys[self._of_blocks.count :])
         self._of_blocks.append(cells)
+        self._sizes = cell_sizes(self._of_blocks.all.T.long(), self._grid.cells)
 
     def _take_centres(self, keys: Tensor) -> None:
-        """A centre is the mean of a cell's keys and of one more, in the middle of the cell; their spread the covariance
-        of (up to ``SLAB``) keys about their centres."""
+        """A centre is the mean of a cell's keys and of one more, in the middle of the cell."""
         grid, (kv_heads, head_dim) = self._grid, keys.shape[1:]
         cells, steps = grid.sort(keys)
         self._of_blocks.append(cells[self._of_blocks.count :])
@@ -207,10 +208,6 @@ class Cells:
         sums = embedding_bag(in_order.indices, steps.view(-1, head_dim), ends - sizes.flatten(), mode="sum")
         offsets = sums.float().view(kv_heads, -1, head_dim).mul_(grid.step.unsqueeze(1)).add_(grid.middles())
         self._centres = offsets.div_((sizes + 1).unsqueeze(-1)).add_(grid.mean.unsqueeze(1)).to(keys.dtype)
-        some = slice(None, None, -(-len(keys) // SLAB))
-        sample = zip(keys[some].unbind(1), self._centres, by_head[:, some], strict=True)
-        beside = torch.stack([k.float() - centres[cell].float() for k, centres, cell in sample])
-        self._spread = beside.mT @ beside / beside.shape[1]
 
     def fork(self, keys: Tensor) -> Cells:
         """The same for the first of all keys, independent of these."""
@@ -226,11 +223,10 @@ class Cells:
             These blocks, ascending; log Σ exp(scale · q·k) over all others, (kv_heads, queries of a key head, 1).
         """
         cells = self._of_blocks.all.T.long()
-        sizes = cell_sizes(cells, self._grid.cells)
-        shares, total = cell_shares(q, self._centres, self._spread, sizes, scale)
-        a_block = shares.sum(dim=1) / sizes.clamp_min(1)
+        shares, total = cell_shares(q, self._centres, self._sizes, scale)
+        a_block = shares.sum(dim=1) / self._sizes.clamp_min(1)
         near = best(a_block.gather(1, cells).sum(dim=0), count)
-        far = 1 - cell_sizes(cells[:, near], self._grid.cells) / sizes.clamp_min(1)
+        far = 1 - cell_sizes(cells[:, near], self._grid.cells) / self._sizes.clamp_min(1)
         return near, total + (shares @ far.unsqueeze(-1)).log()
 
     def growth(self, count: int) -> int:
@@ -322,4 +318,6 @@ class BlockIndex:
 
 def best(scores: Tensor, count: int) -> Tensor:
     """The blocks (≤ count,) with the highest of ``scores`` (blocks,), ascending."""
-    return scores.topk(min(count, len(scores)), sorted=False).indices.sort().values
+    chosen = torch.zeros_like(scores, dtype=torch.bool)
+    chosen[scores.topk(min(count, len(scores)), sorted=False).indices] = True
+    return chosen.nonzero().squeeze(1)

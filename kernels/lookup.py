@@ -106,16 +106,12 @@ def votes_among(q: Tensor, block_keys: Tensor, others: Tensor, scale: float) -> 
     return torch.cat([(total @ logits.softmax(dim=-1)).sum(dim=(0, 1)) for total, logits in parts])
 
 
-def cell_shares(q: Tensor, centres: Tensor, spread: Tensor, sizes: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """How each query divides its vote among cells of blocks, when of a key no more is known than its cell.
-
-    The keys of a cell are taken as normal about its centre c, with one covariance Σ in all cells of a key head:
-    E[exp(q·k)] = exp(q·c + ½ qᵀΣq).
+def cell_shares(q: Tensor, centres: Tensor, sizes: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """How each query divides its vote among cells of blocks, if every key lay at the centre of its cell.
 
     Args:
         q: (q_heads, n, head_dim) float32.
         centres: (kv_heads, cells, head_dim).
-        spread: (kv_heads, head_dim, head_dim) float32, Σ.
         sizes: (kv_heads, cells), how many blocks are in each cell.
         scale: the model's factor on q·k.
 
@@ -126,8 +122,7 @@ def cell_shares(q: Tensor, centres: Tensor, spread: Tensor, sizes: Tensor, scale
     queries = _by_kv_head(q, len(centres), scale)
     logits = torch.baddbmm(sizes.log().unsqueeze(1), queries, centres.float().transpose(1, 2))
     shares = logits.softmax(dim=-1)
-    total = logits.amax(dim=-1, keepdim=True) - shares.amax(dim=-1, keepdim=True).log()
-    return shares, total + ((queries @ spread) * queries).sum(dim=-1, keepdim=True) / 2
+    return shares, logits.amax(dim=-1, keepdim=True) - shares.amax(dim=-1, keepdim=True).log()
 
 
 def cell_sizes(cells: Tensor, count: int) -> Tensor:

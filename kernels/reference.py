@@ -47,15 +47,14 @@ def votes_among(q: Tensor, block_keys: Tensor, others: Tensor, scale: float) -> 
     return votes.float()
 
 
-def cell_shares(q: Tensor, centres: Tensor, spread: Tensor, sizes: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def cell_shares(q: Tensor, centres: Tensor, sizes: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """``kernels.lookup.cell_shares`` query by query in float64."""
     kv_heads, cells = sizes.shape
     shares = torch.zeros(kv_heads, q[..., 0].numel() // kv_heads, cells)
     totals = torch.zeros(*shares.shape[:2], 1)
     for query, shared, row in _by_query(q, kv_heads):
-        scatter = float(query @ spread[shared].double() @ query) * scale**2 / 2
         weights = [
-            int(size) * math.exp(float(query @ centre.double()) * scale + scatter)
+            int(size) * math.exp(float(query @ centre.double()) * scale)
             for size, centre in zip(sizes[shared], centres[shared], strict=True)
         ]
         shares[shared, row] = torch.tensor(weights) / sum(weights)
