@@ -70,6 +70,7 @@ def rebuild(
             sync_folder(made)
             tensors, record = snapshot.pack(memory.state(), config, memory.store.files.marks)
             tail, crc = write_tail(folder, tensors)
+            count = memory.store.count
             memory.dismiss()
         except BaseException:
             shutil.rmtree(made, ignore_errors=True)
@@ -84,7 +85,7 @@ def rebuild(
             chunks=(),
             state={"memory": record, "tail": tail, "tail_crc": crc, "rebuilt": made.name} | arriving,
             bytes_on_disk=store.info.bytes["disk"],
-            blocks=memory.store.count,
+            blocks=count,
         )
         store.settle()
         remove_other_tails(folder, keep=tail)

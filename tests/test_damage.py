@@ -7,7 +7,7 @@ from collections import Counter
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args, get_origin
 
 import pytest
 from survival import trials
@@ -78,8 +78,11 @@ def test_open_files_do_not_grow_with_a_session(world: trials.World, tmp_path: Pa
 def others(name: str) -> list[object]:
     """Values that a setting may have instead of its own."""
     value = SETTINGS.model_dump()[name]
-    if choices := get_args(MemoryConfig.model_fields[name].annotation):
-        return [choice for choice in choices if choice not in (value, type(None))]
+    kind = MemoryConfig.model_fields[name].annotation
+    if get_origin(kind) is Literal:
+        return [choice for choice in get_args(kind) if choice != value]
+    if value is None:
+        return [1]
     return [not value] if isinstance(value, bool) else [value + 1, value * 2, value - 1]
 
 
