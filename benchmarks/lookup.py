@@ -44,10 +44,10 @@ def listening(kept: list[dict[str, Any]], layers: list[int], kind: str) -> Itera
     """Keep the queries of lookups made meanwhile."""
     look_up = MemoryLayer.look_up
 
-    def and_keep(self: MemoryLayer, q: Tensor, scale: float) -> list[int]:
+    def and_keep(self: MemoryLayer, q: Tensor, scale: float, token: int) -> list[int]:
         if self.index in layers:
             kept.append({"kind": kind, "layer": self.index, "q": voters(q, CONFIG.max_votes).clone(), "scale": scale})
-        return look_up(self, q, scale)
+        return look_up(self, q, scale, token)
 
     MemoryLayer.look_up = and_keep  # type: ignore[method-assign]
     try:

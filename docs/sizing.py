@@ -87,7 +87,8 @@ class Sizes:
         far = config.n_init + config.topk * config.block_size
         far_parts = 3 if config.positions == "contiguous" else 2
         cached = config.max_cached_block * config.block_size
-        return self.key_bytes * (window_parts * window + far_parts * far + 2 * cached)
+        kept = config.kept_candidates * config.block_size
+        return self.key_bytes * (window_parts * window + far_parts * far + 2 * cached + kept)
 
     def index_bytes(self, tokens: int, *, resumed: bool = False) -> int:
         """The index: a key for each block and layer; past ``flat_blocks`` also the key's cell in each key head, and the

@@ -10,6 +10,7 @@ from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +26,8 @@ from infllm_agent.tiers import Tiers
 
 #: Blocks that host memory is taken for at a time.
 HOST_BLOCKS = 32
+#: In so many parts at most a store's blocks are in the host cache; forks of forks begin anew there.
+MOST_TABLES = 8
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ class BlockStore:
         self._own = False  # whether the files are its own to write to
         self._rooms: list[_Room] = []  # of blocks from ``stored`` on
         self._cache = self.tiers.cache(shape)
-        self._table = SlotTable(shape.planes)
+        self._tables = [(0, SlotTable(shape.planes))]  # of the host cache, each for blocks from a number on
         self.tiers.hold(self)
 
     @property
@@ -162,15 +165,12 @@ class BlockStore:
         shape, stored = self.shape, bisect_left(blocks, self.stored)
         size = shape.plane_bytes(plane)
         raw = torch.empty((len(blocks), self._cache.slot_bytes), dtype=torch.uint8, pin_memory=self.tiers.pin)
-        read = 0
-        if stored:
-            read = self._cache.gather(
-                self._table,
-                plane,
-                np.array(blocks[:stored], dtype=np.int64),
-                raw[:stored],
-                lambda wanted, into: self._read(wanted, plane, into),
+        read = sum(
+            self._cache.gather(
+                table, plane, np.array(blocks[part], dtype=np.int64), raw[part], partial(self._read, table, plane)
             )
+            for table, part in self._cached(blocks, stored)
+        )
         self.counters = StoreCounters(self.counters.host + len(blocks) - read, self.counters.disk + read)
         place, wanted = shape.place(plane), torch.tensor(blocks)
         for room in self._rooms if stored < len(blocks) else ():
@@ -181,12 +181,19 @@ class BlockStore:
             raw = raw.to(device, non_blocking=True)
         return decode(raw, plane, shape)
 
-    def _read(self, wanted: Blocks, plane: int, into: Tensor) -> None:
+    def _cached(self, blocks: Sequence[int], stored: int) -> Iterator[tuple[SlotTable, slice]]:
+        """Whose the first ``stored`` of some blocks are in the host cache."""
+        starts = [bisect_left(blocks, first, hi=stored) for first, _ in self._tables]
+        for (_, table), start, stop in zip(self._tables, starts, [*starts[1:], stored], strict=True):
+            if start < stop:
+                yield table, slice(start, stop)
+
+    def _read(self, table: SlotTable, plane: int, wanted: Blocks, into: Tensor) -> None:
         """Read planes that are not in host memory. What one layer has to read, the next one often has to: that is told
         to the system, which can fetch it while this layer computes."""
         following = plane + 2
         if is_keys(plane) and following < self.shape.planes and len(wanted) >= READ_TOGETHER:
-            absent = wanted[self._table.slots[following, wanted] < 0]
+            absent = wanted[table.slots[following, wanted] < 0]
             self.files.expect(absent.tolist(), following)
         self.files.read(wanted.tolist(), plane, into.numpy())
 
@@ -247,9 +254,12 @@ class BlockStore:
 
     def fork(self, count: int) -> BlockStore:
         """An independent store of the first ``count`` blocks. Nothing is copied. It reads this one's files until it is
-        moved to its own."""
+        moved to its own; of what both have there, what one of them read is in host memory for both."""
         fork = BlockStore(self.shape, self.tiers)
         fork.count, fork.stored, fork._files = count, min(count, self.stored), self._files
+        if len(self._tables) < MOST_TABLES:
+            own = (fork.stored, fork._tables[0][1])
+            fork._tables = [*(pair for pair in self._tables if pair[0] < fork.stored), own]
         # What room there is behind is the original's.
         fork._rooms = [replace(r, size=min(r.size, count - r.first)) for r in self._rooms if r.first < count]
         return fork

@@ -78,6 +78,11 @@ class MemoryConfig(Settings):
     candidates: int = Field(
         384, ge=0, description="blocks whose exact keys a second pass compares to choose topk of them; 0: no such pass"
     )
+    candidate_tokens: int = Field(
+        8,
+        ge=1,
+        description="decoded tokens that choose, each anew, among the same candidates; 1: each looks up its own",
+    )
     topk: int = Field(64, ge=0, description="blocks looked up for each chunk, in each layer")
     chunk_size: int = Field(512, ge=1, description="execution chunk: most tokens that go through the model at once")
     question_chunk: int = Field(
@@ -120,6 +125,7 @@ class MemoryConfig(Settings):
             lookup="similarity",
             flat_blocks=None,
             candidates=0,
+            candidate_tokens=1,
             question_tail=0,
             positions="one_angle",
         )
@@ -132,6 +138,7 @@ class MemoryConfig(Settings):
             "lookup": "similarity",
             "flat_blocks": None,
             "candidates": 0,
+            "candidate_tokens": 1,
             "question_tail": 0,
             "block_dtype": "model",
         }
@@ -164,6 +171,15 @@ class MemoryConfig(Settings):
         """
         tail = min(n, self.question_tail) if before_answer else 0
         return [*_parts(n - tail, self.chunk_size), *_parts(tail, min(self.question_chunk, self.chunk_size))]
+
+    def looks_up_anew(self, length: int, end: int) -> bool:
+        """Whether the token behind a chunk of ``length`` tokens that ends at ``end`` has candidates of its own."""
+        return length > 1 or end % self.candidate_tokens == 0
+
+    @property
+    def kept_candidates(self) -> int:
+        """Most blocks whose keys a layer keeps on the device to choose among them."""
+        return self.candidates if self.candidate_tokens > 1 else 0
 
     @property
     def window_capacity(self) -> int:

@@ -87,7 +87,7 @@ def fork_stored(root: str | PathLike[str], source: str, name: str, messages: int
         state = snapshot.unpack(tensors, record["memory"])
         blocks = BlockStore.of(snapshot.block_files(store.folder, tensors, state, config))
         tokens = store.messages(kept_messages - 1, kept_messages)[0].end if kept_messages else 0
-        length = store.chunk_boundary(tokens)
+        length = store.chunk_boundary(tokens, lambda size, end: end == state.length or config.looks_up_anew(size, end))
         if not state.can_rewind(length, config):
             raise NeedsModel(
                 f'session "{source}": its memory does not hold what it was after {messages} messages; '

@@ -16,6 +16,7 @@ and a session that fits the window is computed exactly as by full attention.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -23,10 +24,11 @@ from torch import Tensor
 
 from infllm_agent.blockfile import BlockFiles
 from infllm_agent.blocks import BlockCache, BlockStore
+from infllm_agent.candidates import Candidates
 from infllm_agent.config import MemoryConfig
 from infllm_agent.index import BlockIndex, best
 from infllm_agent.kernels.attention import attend, merge
-from infllm_agent.kernels.lookup import attention_mass, representative_scores, similarity, voters
+from infllm_agent.kernels.lookup import representative_scores, similarity, voters
 from infllm_agent.kernels.rotary import RotaryTable
 from infllm_agent.layers import LayerSpec, SlidingLayer, block_shape
 from infllm_agent.state import Division, LayerState, MemoryState
@@ -87,6 +89,8 @@ class MemoryLayer:
             self.far_k_rotated = torch.empty_like(self.far_k)
         self.n_sinks = 0
         self.selected: list[int] = []  # the blocks among the far keys
+        self.shown: Candidates | None = None  # to the second pass of the last lookup
+        self.kept: Candidates | None = None  # for tokens that come one by one
         flat = config.flat_blocks if config.lookup == "votes" else None
         self.blocks = BlockIndex(spec.kv_heads, spec.head_dim, shape.torch_dtype, device, flat)
 
@@ -100,25 +104,32 @@ class MemoryLayer:
             queries = grouped.mean(dim=1) if grouped.shape[1] > 1 else grouped[:, 0]
         self.window.stage(k, v, queries)
 
-    def look_up(self, q: Tensor, scale: float) -> list[int]:
-        """The ``topk`` blocks that the chunk's queries ask for, in their order.
+    def look_up(self, q: Tensor, scale: float, token: int) -> list[int]:
+        """The ``topk`` blocks that the queries of a chunk, which begins with number ``token``, ask for, in their order.
 
         First all blocks by the one key that stands for each (paper, eq. 2; or votes, of many blocks by the cells in
         which these keys lie), then, with ``candidates``, the best of them by all their keys.
         """
         config, n_blocks = self.config, self.blocks.count
+        alone, self.shown = q.shape[1] == 1, None
         topk = min(config.topk, n_blocks)
         if topk in (0, n_blocks):
             return list(range(topk))
         asking = voters(q, config.max_votes)
-        candidates = min(max(topk, config.candidates), n_blocks)
-        if config.lookup == "similarity":
-            chosen = best(similarity(q, self.blocks.keys), candidates)
+        if alone and self.kept is not None and self.kept.serve(token, n_blocks, config.candidate_tokens):
+            self.shown = self.kept
         else:
-            chosen = self.blocks.most_voted(asking, scale, candidates)
-        if config.candidates:
-            keys = self.store.keys(chosen.tolist(), self.index, q.device).transpose(0, 1)
-            chosen = chosen[best(attention_mass(asking, keys, scale), topk)]
+            count = min(max(topk, config.candidates), n_blocks)
+            if config.lookup == "similarity":
+                chosen = best(similarity(q, self.blocks.keys), count)
+            else:
+                chosen = self.blocks.most_voted(asking, scale, count)
+            if config.candidates:
+                self.shown = self._candidates(token, chosen)
+        if self.shown is not None:
+            chosen = self.shown.best(asking, scale, topk)
+            if alone and config.candidate_tokens > 1:
+                self.kept = self.shown
         blocks: list[int] = chosen.tolist()
         return blocks
 
@@ -141,7 +152,12 @@ class MemoryLayer:
 
     def _load(self, blocks: list[int]) -> tuple[Tensor, Tensor]:
         device = self.far_k.device
-        return self.store.keys(blocks, self.index, device), self.store.values(blocks, self.index, device)
+        keys = self.store.keys(blocks, self.index, device) if self.shown is None else self.shown.keys_of(blocks)
+        return keys, self.store.values(blocks, self.index, device)
+
+    def _candidates(self, token: int, blocks: Tensor) -> Candidates:
+        read = partial(self.store.keys, layer=self.index, device=self.far_k.device)
+        return Candidates(token, self.blocks.count, blocks, read)
 
     @property
     def n_far(self) -> int:
@@ -171,7 +187,7 @@ class MemoryLayer:
         n = q.shape[1]
         self.append(q, k, v)
         if self.blocks.count:
-            self.bring(self.look_up(q, scale))
+            self.bring(self.look_up(q, scale, first_token + len(self.window)))
         window, n_far = self.window, self.n_far
         q_near = window.rotate_queries(q)
         parts = []
@@ -241,10 +257,13 @@ class MemoryLayer:
             k = k.gather(2, best.unsqueeze(-1).expand(-1, -1, -1, k.shape[-1]))
         return k.mean(dim=2, dtype=torch.float32)
 
-    def state(self) -> LayerState:
-        """Sinks and window, without what is staged; views."""
+    def state(self, length: int) -> LayerState:
+        """Sinks and window, without what is staged, and candidates that would serve the session's next token; views."""
         sinks = torch.stack([self.far_k[:, : self.n_sinks], self.far_v[:, : self.n_sinks]])
-        return LayerState(sinks, self.window.held())
+        kept = self.kept
+        if kept is not None and not kept.serve(length, self.blocks.count, self.config.candidate_tokens):
+            kept = None
+        return LayerState(sinks, self.window.held(), None if kept is None else kept.blocks)
 
     def restore(self, first_window_token: int, state: LayerState) -> None:
         """Bring an empty layer to a state. Blocks are brought again when they are next looked up."""
@@ -252,10 +271,15 @@ class MemoryLayer:
         self.far_k[:, : self.n_sinks], self.far_v[:, : self.n_sinks] = state.sinks
         self._rotate_far()
         self.window.restore(first_window_token, state.window)
+        if state.candidates is not None:
+            last = first_window_token + len(self.window) - 1
+            blocks = state.candidates.to(self.far_k.device, torch.int64)
+            self.kept = self._candidates(last, blocks)
 
     def device_bytes(self) -> int:
         far = [self.far_k, self.far_v] + ([self.far_k_rotated] if self.far_rotary is not None else [])
-        return self.window.device_bytes() + self.cache.device_bytes() + sum(buffer.nbytes for buffer in far)
+        kept = self.config.kept_candidates * self.config.block_size * self.far_k[:, :1].nbytes
+        return self.window.device_bytes() + self.cache.device_bytes() + sum(buffer.nbytes for buffer in far) + kept
 
 
 class ContextMemory:
@@ -375,6 +399,8 @@ class ContextMemory:
         self.length += n
         for layer in self.layers.values():
             layer.window.advance(n)
+            if n > 1:
+                layer.kept = None
         for sliding in self.sliding.values():
             sliding.advance(n)
         now = Division.of(self.length, self.config)
@@ -392,7 +418,7 @@ class ContextMemory:
         """What the memory is besides its sealed blocks; views, for as long as nothing is fed."""
         return MemoryState(
             self.length,
-            {number: layer.state() for number, layer in self.layers.items()},
+            {number: layer.state(self.length) for number, layer in self.layers.items()},
             {number: sliding.window.held() for number, sliding in self.sliding.items()},
         )
 
@@ -414,8 +440,9 @@ class ContextMemory:
     def fork(self, length: int | None = None) -> ContextMemory:
         """An independent memory with the same past, or with the first ``length`` tokens of it.
 
-        ``length`` must be the end of a chunk; the fork is then, to the bit, what this memory was at that time.
-        Sealed blocks are shared; windows and sinks are copied.
+        ``length`` must be the end of a chunk; if it is an earlier one, one after which a token has its own candidates
+        (``MemoryConfig.looks_up_anew``). The fork is then, to the bit, what this memory was at that time. Sealed blocks
+        are shared; windows and sinks are copied.
 
         Raises:
             ValueError: ``can_rewind`` says no.
@@ -433,7 +460,7 @@ class ContextMemory:
         return fork
 
     def device_bytes(self) -> int:
-        """Bytes of windows, sinks, cached and looked-up blocks: constant, whatever the session's length."""
+        """Bytes of windows, sinks, cached and looked-up blocks, candidates: constant, however long the session is."""
         remembering = sum(layer.device_bytes() for layer in self.layers.values())
         return remembering + sum(layer.device_bytes() for layer in self.sliding.values())
 

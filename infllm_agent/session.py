@@ -377,7 +377,13 @@ class Session:
             kept_messages = check_messages(self.name, messages, self.message_count)
             end = self.messages(kept_messages - 1, kept_messages)[0].end if kept_messages else 0
             chunks = [(start, length) for start, length in self._new_chunks if start + length <= end]
-            length = sum(chunks[-1]) if chunks else self.store.chunk_boundary(min(end, self._committed))
+
+            def fits(size: int, end: int) -> bool:
+                return end == self.memory.length or self.config.looks_up_anew(size, end)
+
+            while chunks and not fits(chunks[-1][1], sum(chunks[-1])):
+                chunks.pop()
+            length = sum(chunks[-1]) if chunks else self.store.chunk_boundary(min(end, self._committed), fits)
             stored = self.store.message_count
             log = Log(
                 self._new_messages[: max(0, kept_messages - stored)],

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from infllm_agent.blockfile import BlockFiles, Marks
@@ -27,6 +28,8 @@ def pack(
     for number, layer in state.layers.items():
         tensors[f"layer.{number}.sinks"] = layer.sinks.cpu().contiguous()
         _pack_window(f"layer.{number}", layer.window, tensors)
+        if layer.candidates is not None:
+            tensors[f"layer.{number}.candidates"] = layer.candidates.to("cpu", torch.int32)
     for number, window in state.sliding.items():
         _pack_window(f"layer.{number}", window, tensors)
     return tensors, {"length": state.length, "blocks": Division.of(state.length, config).blocks}
@@ -40,7 +43,7 @@ def unpack(tensors: dict[str, Tensor], record: dict[str, Any]) -> MemoryState:
         name = f"layer.{number}"
         window = WindowState(tensors[f"{name}.k"], tensors[f"{name}.v"], tensors.get(f"{name}.q"))
         if (sinks := tensors.get(f"{name}.sinks")) is not None:
-            layers[number] = LayerState(sinks, window)
+            layers[number] = LayerState(sinks, window, tensors.get(f"{name}.candidates"))
         else:
             sliding[number] = window
     return MemoryState(record["length"], layers, sliding)

@@ -40,10 +40,12 @@ class WindowState(NamedTuple):
 
 
 class LayerState(NamedTuple):
-    """One layer that sees everything: keys and values of its sinks (2, kv_heads, n, head_dim), and its window."""
+    """One layer that sees everything: keys and values of its sinks (2, kv_heads, n, head_dim), its window, and the
+    blocks (n,) among which the next token chooses if it comes alone; None: it looks them up."""
 
     sinks: Tensor
     window: WindowState
+    candidates: Tensor | None = None
 
 
 @dataclass(frozen=True)

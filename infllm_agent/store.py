@@ -346,11 +346,17 @@ class SessionStore:
             rows = conn.execute("SELECT start, length, count, crc FROM chunks WHERE start < ? ORDER BY start", (end,))
             return expand_runs(rows, end)
 
-    def chunk_boundary(self, token: int) -> int:
-        """The last end of an execution chunk at or before a token; 0 if there is none."""
+    def chunk_boundary(self, token: int, fits: Callable[[int, int], bool] = lambda length, end: True) -> int:
+        """The last end of an execution chunk at or before a token that ``fits(length, end)``; 0 if there is none."""
         with self._using() as conn:
-            start, length, count = chunk_run(conn, token)
-        return start + min((token - start) // length, count) * length
+            while token > 0:
+                start, length, count = chunk_run(conn, token - 1)
+                chunks = min((token - start) // length, count)
+                end = start + chunks * length
+                if chunks and fits(length, end):
+                    return end
+                token = end - 1 if chunks else start
+        return 0
 
     def search(
         self,

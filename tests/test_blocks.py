@@ -190,6 +190,25 @@ def test_a_fork_copies_no_full_segment(tmp_path: Path) -> None:
     assert not segment_path(folder, 1).samefile(segment_path(tmp_path, 1))
 
 
+def test_what_a_fork_has_in_common_is_read_once(tmp_path: Path) -> None:
+    store = opened(tmp_path, 0, Marks.none())
+    made = fill(store, 40)
+    store.write()
+    check(store, made)
+    family = [store]
+    for count in range(39, 30, -1):  # forks of forks of forks
+        family.append(family[-1].fork(count))
+        check(family[-1], made[:count])
+    assert store.counters.disk > 0
+    assert all(fork.counters.disk == 0 for fork in family[1:])
+    (tmp_path / "fork").mkdir()
+    family[1].move(tmp_path / "fork", 0)
+    more = fill(family[1], 3, seed=7)
+    family[1].write()
+    check(family[1], made[:39] + more)  # its block 39 is another one than the original's
+    check(store, made)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_eight_bits(dtype: str, tmp_path: Path) -> None:
     """Half of bfloat16's bytes; what is read is what the reference rounds to, before and after it is written."""

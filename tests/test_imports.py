@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "infllm_agent"
 LAYERS = [
     ["errors", "config", "tools", "threads", "signals", "logs", "files"],
     ["kernels"],
-    ["planes", "hostcache", "tiers", "blockfile", "blocks", "index", "state", "window"],
+    ["planes", "hostcache", "tiers", "blockfile", "blocks", "index", "candidates", "state", "window"],
     ["layers", "memory"],
     ["hub", "attention", "probe", "scheduler", "model", "snapshot"],
     [

@@ -94,7 +94,7 @@ def test_lookup_takes_the_blocks_that_the_queries_ask_for(config: MemoryConfig) 
     every = keys.unsqueeze(2).expand(-1, -1, size, -1)
     memory.store.put(memory.store.add(50), layer.index, every, every, keys)
     query = keys[17].repeat_interleave(layer.spec.q_heads // heads, 0)[:, None].contiguous()
-    chosen = layer.look_up(query, scale=dim**-0.5)
+    chosen = layer.look_up(query, scale=dim**-0.5, token=0)
     assert 17 in chosen
     assert chosen == sorted(chosen)
     if config is PAPER:
@@ -117,9 +117,9 @@ def test_the_second_pass_finds_a_key_that_the_mean_hides() -> None:
     memory.store.put(memory.store.add(20), layer.index, k, k, k.mean(2))
     query = torch.zeros(layer.spec.q_heads, 1, dim)
     query[..., 0] = 1
-    assert layer.look_up(query, scale=1.0) == [9]
+    assert layer.look_up(query, scale=1.0, token=0) == [9]
     layer.config = config.changed(candidates=0)
-    assert layer.look_up(query, scale=1.0) == [4]
+    assert layer.look_up(query, scale=1.0, token=0) == [4]
 
 
 @settings(max_examples=50, deadline=None)
