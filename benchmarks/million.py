@@ -17,6 +17,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -146,15 +147,20 @@ def question(runtime: AgentRuntime, options: argparse.Namespace) -> list[dict]:
 
 
 def measure(runtime: AgentRuntime, options: argparse.Namespace) -> dict[str, object]:
-    """Resuming, decoding, committing, forking: of both sessions in turn, in one process; medians of some rounds."""
+    """Resuming, decoding, committing, forking: of both sessions in turn, in one process; medians of some rounds, after
+    each of which the files' pages are dropped from the system's cache."""
     rows: dict[str, dict[str, list[float]]] = {name: {} for name in (SHORT_NAME, LONG_NAME)}
     for name in rows:  # the first use of anything costs more
         one_round(runtime, name, {}, cold=False)
-    for _ in range(options.rounds):
+    for number in range(options.rounds):
         for name, row in rows.items():
+            one_round(runtime, name, row, cold=False)
             one_round(runtime, name, row, cold=True)
+        print(f"round {number + 1} of {options.rounds}", flush=True)
     result: dict[str, object] = {
-        name: {what: round(statistics.median(values), 4) for what, values in row.items()} for name, row in rows.items()
+        "threads": torch.get_num_threads(),
+        "disk": disk_speed(runtime),
+        **{name: {what: round(statistics.median(each), 4) for what, each in row.items()} for name, row in rows.items()},
     }
     result["ratios"] = {
         what: round(statistics.median(rows[LONG_NAME][what]) / statistics.median(values), 3)
@@ -194,6 +200,7 @@ def one_round(runtime: AgentRuntime, name: str, row: dict[str, list[float]], *, 
         runtime.delete("trial")
     fork_s = timed(lambda: runtime.fork(name, "trial"))
     trial = runtime.session("trial")
+    kind = "cold" if cold else "cached"  # what of the files is in the system's cache
     own = sum(path.stat().st_size for path in trial.store.folder.iterdir() if path.stat().st_nlink == 1)
     runtime.release(name)
     note("fork_s", fork_s)
@@ -204,19 +211,18 @@ def one_round(runtime: AgentRuntime, name: str, row: dict[str, list[float]], *, 
         drop_page_cache(catalog.folder(catalog.require("trial")))
     began = time.perf_counter()
     session = runtime.session("trial")
-    note("open_s", time.perf_counter() - began)
+    note(f"open_{kind}_s", time.perf_counter() - began)
     session.append_user("Which host had a disk alert?")
     answer = session.stream_reply(max_tokens=1 + DECODED)
     next(answer)
-    note("resume_to_first_token_s", time.perf_counter() - began)
+    note(f"resume_to_first_token_{kind}_s", time.perf_counter() - began)
     began = time.perf_counter()
     written = 1 + sum(1 for _ in answer)
     reply = session.last_reply
     assert reply is not None
-    note("decode_disk_tok_s", max(written, reply.usage.output_tokens) / (time.perf_counter() - began))
-    twin = session.memory.fork()
+    note(f"decode_{kind}_tok_s", max(written, reply.usage.output_tokens) / (time.perf_counter() - began))
     for _ in range(2):  # the second time all that it asks for is in host memory
-        memory = twin.fork()
+        memory = session.memory.fork()
         began = time.perf_counter()
         for token in range(500, 500 + DECODED):
             runtime.model.forward([token], memory)
@@ -242,6 +248,28 @@ def turn(session: Session) -> None:
     encoded = session.model.tokenizer.encode(" ".join(text))[:500]
     session.append_tool_result("shell", session.model.tokenizer.decode(encoded))
     session.reply(max_tokens=8)
+
+
+def disk_speed(runtime: AgentRuntime) -> dict[str, float]:
+    """What the disk gives: planes of blocks here and there, eight at once; and one file after the other."""
+    catalog = Catalog(runtime.root)
+    folder = catalog.folder(catalog.require(LONG_NAME))
+    drop_page_cache(folder)
+    paths = sorted(folder.glob("segment-*.kv"))
+    files = [os.open(path, os.O_RDONLY) for path in paths]
+    places = [(file, place << 20) for place in range(0, 40, 5) for file in files[::8]]
+    for file in files:
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)
+    began = time.perf_counter()
+    with ThreadPoolExecutor(8) as pool:
+        read = sum(len(part) for part in pool.map(lambda place: os.pread(place[0], 6148, place[1]), places))
+    random_s = time.perf_counter() - began
+    for file in files:
+        os.close(file)
+    began = time.perf_counter()
+    in_order = sum(len(path.read_bytes()) for path in paths[1:9])
+    in_order_s = time.perf_counter() - began
+    return {"planes_s": round(read / 6148 / random_s), "sequential_mb_s": round(in_order / in_order_s / 1e6)}
 
 
 def drop_page_cache(folder: Path) -> None:

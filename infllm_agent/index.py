@@ -10,6 +10,7 @@ score, however many queries ask (inverted lists; Jégou et al., Product quantiza
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
 from itertools import pairwise
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from infllm_agent.kernels.lookup import SLAB, cell_shares, cell_sizes, votes, votes_among
+from infllm_agent.threads import begun
 
 #: Blocks there is room for at first; the room doubles when it is full.
 INDEX_STEP = 2048
@@ -259,7 +261,8 @@ class BlockIndex:
     ) -> None:
         self.flat = flat
         self._keys = Rows((kv_heads, head_dim), dtype, device)
-        self._cells: Cells | None = None
+        self._sorted: Cells | None = None
+        self._finish: Callable[[], None] | None = None
 
     @property
     def count(self) -> int:
@@ -275,6 +278,14 @@ class BlockIndex:
         self._keys.append(keys)
         self.sort()
 
+    @property
+    def _cells(self) -> Cells | None:
+        """Of all keys; None of so few that no cells are needed."""
+        if self._finish is not None:
+            finish, self._finish = self._finish, None
+            finish()
+        return self._sorted
+
     def extend(self, count: int) -> Tensor:
         """Room (count, kv_heads, head_dim) for the keys of so many blocks more; once they are there, ``sort``."""
         return self._keys.extend(count)
@@ -284,36 +295,54 @@ class BlockIndex:
         if self._cells is not None:
             self._cells.extend(self.keys)
         elif self.flat is not None and self.count > self.flat:
-            self._cells = Cells(self.keys, self.flat, self._keys.room)
+            self._sort_all()
+
+    def sort_soon(self) -> None:
+        """The same in another thread; who needs the cells first waits for them."""
+        if self.flat is not None and self.count > self.flat:
+            self._finish = begun(self._sort_all)
+
+    def _sort_all(self) -> None:
+        assert self.flat is not None
+        self._sorted = Cells(self.keys, self.flat, self._keys.room)
 
     def growth(self, count: int) -> int:
         """Bytes more that it will take when so many blocks are appended."""
         more = self._keys.growth(count)
-        if self._cells is not None:
-            return more + self._cells.growth(count)
+        if self._sorted is not None:
+            return more + self._sorted.growth(count)
+        if self._finish is not None:
+            return more + Cells.size(self.keys, self._keys.room_for(self.count + count)) - self._size_of_cells()
         if self.flat is not None and self.count + count > self.flat:
             more += Cells.size(self.keys, self._keys.room_for(self.count + count))
         return more
 
     def fork(self, count: int) -> BlockIndex:
         """An independent index of the first ``count`` blocks: no key is copied until it grows."""
+        cells = self._cells
         fork = copy(self)
         fork._keys = self._keys.fork(count)
-        if self._cells is not None:
-            fork._cells = self._cells.fork(fork.keys) if count > self._cells.flat else None
+        if cells is not None:
+            fork._sorted = cells.fork(fork.keys) if count > cells.flat else None
         return fork
 
     def most_voted(self, q: Tensor, scale: float, count: int) -> Tensor:
         """The ``count`` blocks with the most votes of queries (q_heads, n, head_dim) float32; ascending."""
-        if self._cells is None:
+        cells = self._cells
+        if cells is None:
             return best(votes(q, self.keys, scale), count)
-        compared = max(count, math.isqrt(self._cells.flat * self.count // 2))
-        near, others = self._cells.near(q, scale, compared)
+        compared = max(count, math.isqrt(cells.flat * self.count // 2))
+        near, others = cells.near(q, scale, compared)
         keys = self.keys.flatten(1).index_select(0, near).view(-1, *self.keys.shape[1:])  # far faster than [near]
         return near[best(votes_among(q, keys, others, scale), count)]
 
     def device_bytes(self) -> int:
-        return self._keys.device_bytes() + (self._cells.device_bytes() if self._cells is not None else 0)
+        return self._keys.device_bytes() + self._size_of_cells()
+
+    def _size_of_cells(self) -> int:
+        if self._sorted is not None:
+            return self._sorted.device_bytes()
+        return 0 if self._finish is None else Cells.size(self.keys, self._keys.room)
 
 
 def best(scores: Tensor, count: int) -> Tensor:

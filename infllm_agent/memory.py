@@ -340,7 +340,7 @@ class ContextMemory:
         self.store.attach(files)
         files.keys([layer.blocks.extend(files.count) for layer in layers])
         for layer in layers:
-            layer.blocks.sort()
+            layer.blocks.sort_soon()
 
     def dismiss(self) -> None:
         """It is used no more: what it takes is given back at once, whoever still refers to it."""

@@ -31,6 +31,20 @@ def in_background(work: Callable[[], None]) -> None:
     _readers().submit(work)
 
 
+def begun(work: Callable[[], None]) -> Callable[[], None]:
+    """Have it done in another thread. What is returned waits until it is done, or does it if nobody has begun yet, and
+    raises what it raised. To be called once."""
+    future = _readers().submit(work)
+
+    def finish() -> None:
+        if future.cancel():
+            work()
+        else:
+            future.result()
+
+    return finish
+
+
 @cache
 def _readers() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(READERS, thread_name_prefix="infllm-read")
