@@ -34,8 +34,8 @@ class Candidates:
 
     @cached_property
     def keys(self) -> Tensor:
-        """(n, kv_heads, block_size, head_dim)"""
-        return self._read(self.blocks.tolist())
+        """(kv_heads, n, block_size, head_dim)"""
+        return self._read(self.blocks.tolist()).transpose(0, 1).contiguous()
 
     def serve(self, token: int, of: int, period: int) -> bool:
         """Whether a later token, fed alone, chooses among them: until the next multiple of ``period``, or the next
@@ -44,9 +44,9 @@ class Candidates:
 
     def best(self, asking: Tensor, scale: float, count: int) -> Tensor:
         """The ``count`` blocks with the largest attention mass of queries (q_heads, n, head_dim) float32; ascending."""
-        return self.blocks[best(attention_mass(asking, self.keys.transpose(0, 1), scale), count)]
+        return self.blocks[best(attention_mass(asking, self.keys, scale), count)]
 
     def keys_of(self, blocks: list[int]) -> Tensor:
         """Keys of some of them, (len(blocks), kv_heads, block_size, head_dim)."""
         wanted = torch.tensor(blocks, device=self.blocks.device)
-        return self.keys.index_select(0, torch.searchsorted(self.blocks, wanted))
+        return self.keys.index_select(1, torch.searchsorted(self.blocks, wanted)).transpose(0, 1)
