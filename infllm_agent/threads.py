@@ -15,6 +15,8 @@ T = TypeVar("T")
 
 #: How many reads are under way at once: disks answer many as fast as one.
 READERS = 8
+#: How many pieces of computing are under way beside who waits for them.
+HELPERS = 2
 
 
 def in_parallel(work: Callable[[T], None], parts: Sequence[T]) -> None:
@@ -34,7 +36,7 @@ def in_background(work: Callable[[], None]) -> None:
 def begun(work: Callable[[], None]) -> Callable[[], None]:
     """Have it done in another thread. What is returned waits until it is done, or does it if nobody has begun yet, and
     raises what it raised. To be called once."""
-    future = _readers().submit(work)
+    future = _helpers().submit(work)
 
     def finish() -> None:
         if future.cancel():
@@ -50,7 +52,13 @@ def _readers() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(READERS, thread_name_prefix="infllm-read")
 
 
-os.register_at_fork(after_in_child=_readers.cache_clear)  # a forked child has none of the threads
+@cache
+def _helpers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(HELPERS, thread_name_prefix="infllm-begun")
+
+
+for pool in (_readers, _helpers):
+    os.register_at_fork(after_in_child=pool.cache_clear)  # a forked child has none of the threads
 
 
 async def from_thread(produce: Callable[[Callable[[], bool]], Iterator[T]]) -> AsyncGenerator[T, None]:
