@@ -60,7 +60,7 @@ class RuntimeOptions:
     root: Root
     model: Annotated[str, typer.Option(help="A packaged alias, a local folder, or a hub id.")] = "smollm2"
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto"
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto"
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16; int8: weights in 8 bits.")] = "auto"
     host_budget: Annotated[
         str | None,
         typer.Option(metavar="BYTES", help="Most host memory for blocks, such as 2GB.", show_default="about 1GiB"),

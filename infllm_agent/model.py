@@ -25,6 +25,10 @@ from infllm_agent.memory import ContextMemory
 from infllm_agent.probe import probe, probe_ids, relative_error
 from infllm_agent.scheduler import Turns, Urgency
 from infllm_agent.tiers import Tiers
+from infllm_agent.weights import to_int8
+
+#: A dtype of weights alone.
+INT8 = "int8"
 
 
 @dataclass(eq=False)
@@ -60,7 +64,8 @@ class LocalModel:
 
         Args:
             device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ...
-            dtype: ``auto`` (bfloat16 where the processor computes in it, else float32), or a torch dtype's name.
+            dtype: ``auto`` (bfloat16 where the processor computes in it, else float32), or a torch dtype's name;
+                ``int8``: weights rounded to eight bits, computing as with ``auto``.
 
         Raises:
             ModelNotFound: nothing there by that name.
@@ -69,7 +74,7 @@ class LocalModel:
         """
         path = resolve_model(model, progress=progress)
         target = _device(device)
-        precision = _dtype(dtype, target)
+        precision = _dtype("auto" if dtype == INT8 else dtype, target)
         try:
             config = AutoConfig.from_pretrained(path)
             tokenizer = AutoTokenizer.from_pretrained(path)
@@ -77,6 +82,8 @@ class LocalModel:
         except (OSError, ValueError, KeyError, ImportError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ModelNotFound(f'model "{model}" could not be loaded from {path}: {reason}') from error
+        if dtype == INT8:
+            to_int8(loaded)
         return cls.attach(loaded.to(target), tokenizer, name=str(model))
 
     @classmethod
@@ -269,7 +276,7 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if device.type != "cpu" or _cpu_computes_bfloat16() else torch.float32
     known = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
     if name not in known:
-        raise ConfigError(f'dtype "{name}" is unknown; use auto, float32, bfloat16 or float16')
+        raise ConfigError(f'dtype "{name}" is unknown; use auto, float32, bfloat16, float16 or int8')
     return known[name]
 
 

@@ -23,7 +23,7 @@ app = typer.Typer(help="Measure retrieval and speed.", add_completion=False)
 
 Model = Annotated[str, typer.Option(help="A packaged alias, a local folder, or a hub id.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16; int8: weights in 8 bits.")]
 Out = Annotated[Path | None, typer.Option("--json", metavar="OUT", help="Write JSON there; - is stdout.")]
 
 #: How answers are scored, for people.
