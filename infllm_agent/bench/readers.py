@@ -86,11 +86,12 @@ class FullContext:
 
     Args:
         piece: tokens that go through the model at once. All at once is faster, and takes memory without bound.
+        cache: keys and values so far; None: of an empty text.
     """
 
-    def __init__(self, model: LocalModel, piece: int = PIECE) -> None:
+    def __init__(self, model: LocalModel, piece: int = PIECE, cache: DynamicCache | None = None) -> None:
         self.model, self.piece = model, piece
-        self._cache = DynamicCache()
+        self._cache = cache if cache is not None else DynamicCache()
 
     @torch.inference_mode()
     def feed(self, ids: Sequence[int], *, question: bool = False) -> Tensor:
@@ -170,7 +171,7 @@ class Reader(ABC):
     def _take_in(self, context: Context, ids: Sequence[int]) -> None:
         began = time.perf_counter()
         context.feed(ids)
-        _wait_for(self.model)
+        wait_for(self.model)
         self.prefill += Rate(len(ids), time.perf_counter() - began)
 
     def _converse(self, context: Context, questions: Sequence[Question]) -> list[str]:
@@ -264,6 +265,7 @@ def last(ids: Sequence[int] | deque[int], count: int) -> list[int]:
     return list(ids)[-count:]
 
 
-def _wait_for(model: LocalModel) -> None:
+def wait_for(model: LocalModel) -> None:
+    """Until the device has done what it was given."""
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
