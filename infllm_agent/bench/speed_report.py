@@ -104,7 +104,7 @@ def _by_history(result: dict[str, Any], path: Path) -> Path:
         if logarithmic:
             axes.set_yscale("log")
         else:
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.1 * max(row[name] for row in rows))
         axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
         axes.set_xlabel("tokens of history")
         axes.set_title(title)
