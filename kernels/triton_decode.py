@@ -3,14 +3,15 @@
 One program takes one key head, with all query heads that share it, and a share of the keys (split-K); a second launch
 merges the shares by their log-sum-exps.
 
-Shared memory of a program: with tiles of N keys, of D channels of b bytes, in S stages, the tiles of keys and values
-under way take at most S · 2 · N · D · b, and weights and queries on their way into a product 16 · (N + D) · b where no
-stage's room is free for them. The largest tiles here, 64 keys in three stages, have a bound of 96 KiB + 6 KiB for
-D = 128 in half precision, and are compiled to 88 KiB; consumer GPUs have 99. What does not fit (float32, larger heads)
-the autotuner leaves out.
+Shared memory of a program, with tiles of N keys, of D channels of b bytes, in S stages: tiles of keys, values, cosines
+and sines under way, (S - 1) · N · D · (2 · b + 4), and weights and output on their way into and out of a product,
+16 · (N · b + D · 4). For D = 128 in half precision the largest tiles here, 64 keys in two stages, make 64 KiB + 10 KiB,
+and that is what is compiled; consumer GPUs have 99. What would take more (float32, larger heads) is left out.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -19,14 +20,14 @@ from torch import Tensor
 
 from infllm_agent.kernels.attention import Partial
 from infllm_agent.kernels.decode import DecodeKeys, check
-from infllm_agent.kernels.triton_common import configs, interpreted, power_of_two, precision
+from infllm_agent.kernels.triton_common import SHARED_BYTES, configs, interpreted, power_of_two, precision
 
 #: Most shares of the keys.
 MOST_SPLITS = 64
 #: Keys of the smallest tile: no share is smaller.
 LEAST_KEYS = 32
 
-CONFIGS = configs("BLOCK_N", (32, 4, 1), (32, 2, 2), (32, 4, 2), (32, 4, 3), (64, 4, 2), (64, 4, 3))
+CONFIGS = configs("BLOCK_N", (32, 4, 1), (32, 2, 2), (32, 4, 2), (32, 4, 3), (64, 4, 2), (64, 8, 2))
 
 NONE, ONE_ANGLE, CONTIGUOUS = 0, 1, 2
 
@@ -107,7 +108,7 @@ def decode_attention(
 
 def _splits(kv_heads: int, keys: int, device: torch.device) -> int:
     """So many that each processor of the device gets two programs, and each program some keys."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
     return max(1, min(MOST_SPLITS, -(-2 * processors // kv_heads), -(-keys // LEAST_KEYS)))
 
 
@@ -161,7 +162,26 @@ def _take(
     return now, mass, out
 
 
-@triton.autotune(configs=CONFIGS, key=["GROUP", "DIM", "BLOCK_SIZE", "POSITIONS"])
+def shared_bytes(keys: int, dim: int, itemsize: int, stages: int) -> int:
+    """What a program takes; see above."""
+    return (stages - 1) * keys * dim * (2 * itemsize + 4) + 16 * (keys * itemsize + dim * 4)
+
+
+def fitting(candidates: list[triton.Config], given: dict[str, Any], **constants: Any) -> list[triton.Config]:
+    """Those of the autotuner's candidates that fit consumer GPUs; the smallest at least."""
+    dim, itemsize = constants["DIM_PADDED"], given["q"].element_size()
+    sizes = {
+        candidate: shared_bytes(candidate.kwargs["BLOCK_N"], dim, itemsize, candidate.num_stages)
+        for candidate in candidates
+    }
+    return [one for one, size in sizes.items() if size <= SHARED_BYTES] or [min(sizes, key=lambda one: sizes[one])]
+
+
+@triton.autotune(
+    configs=CONFIGS,
+    key=["GROUP", "DIM", "BLOCK_SIZE", "POSITIONS"],
+    prune_configs_by={"early_config_prune": fitting},
+)
 @triton.jit
 def _attend_shares(
     q, sink_k, sink_v, cache_k, cache_v, slots, near_k, near_v, cos, sin, bounds, shares, share_lse, scale, softcap,

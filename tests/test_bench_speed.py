@@ -72,7 +72,11 @@ def test_the_command(cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert row["prefill_share"] >= 0
         assert row["decode_share"] >= 0
         assert (row["phases"] is not None) == (row["system"] == "infllm")
-    assert cli(*command, *OPTIONS, "--no-apart", "--systems", "infllm", "--json", "-").json["rows"][1]["random"]
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    again = cli(*command, *OPTIONS, "--no-apart", "--systems", "infllm", "--json", "-", "--disk", str(disk))
+    assert again.json["rows"][1]["random"]
+    assert not list(disk.iterdir())
 
 
 def test_rows_in_processes_of_their_own(cli: Any) -> None:

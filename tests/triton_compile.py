@@ -30,30 +30,57 @@ DECODE = {
     **{"PRECISION": "tf32", "WIDEN": False},
 }
 
+#: Other forms of the decode kernel, which need not be large to be compiled.
+HALF = dict.fromkeys(["q", "sink_k", "sink_v", "cache_k", "cache_v", "near_k", "near_v"], "*fp16")
+FLOAT = dict.fromkeys(HALF, "*fp32")
+OTHERS: list[tuple[str, dict[str, Any], dict[str, str]]] = [
+    ("no rotation", {"BLOCK_N": 32, "POSITIONS": triton_decode.NONE, "ROTARY": 0, "SOFTCAP": False}, HALF),
+    (
+        "one angle, interleaved, float32, head of 64",
+        {
+            **{"BLOCK_N": 32, "POSITIONS": triton_decode.ONE_ANGLE, "FAR_DISTANCE": 512, "ROTARY": 16},
+            **{"INTERLEAVED": True, "DIM": 64, "DIM_PADDED": 64, "HALF_PADDED": 32, "PRECISION": "ieee"},
+        },
+        FLOAT,
+    ),
+]
+
 
 def compiled(kernel: Any, constants: dict[str, Any], *, warps: int, stages: int, **types: str) -> int:
-    """Bytes of shared memory."""
+    """Bytes of shared memory. As at run time, arrays begin at multiples of 16 bytes and strides are multiples of 16:
+    loads are then wide, and go to shared memory beside the computing."""
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else (TYPES | types).get(name, "i32") for name in names}
     places = {(names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=places)
+    even = {
+        (place,): [["tt.divisibility", 16]]
+        for place, name in enumerate(names)
+        if signature[name].startswith("*") or name.endswith("stride")
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=places, attrs=even)
     made = triton.compile(source, target=TARGET, options={"num_warps": warps, "num_stages": stages})
     return int(made.metadata.shared)
 
 
 def main() -> None:
     taken: dict[str, int] = {}
+    bound: dict[str, int] = {}
     tuned = [
         (triton_decode._attend_shares, DECODE, {}),
         (triton_votes._sizes, {**VOTES, "PART": triton_votes.PART}, {"q": "*fp32"}),
         (triton_votes._divide, {**VOTES, "KV_HEADS": 8}, {"q": "*fp32"}),
     ]
     for kernel, constants, types in tuned:
-        for config in sorted(kernel.configs, key=lambda each: -each.kwargs["BLOCK_N"] * each.num_stages)[:2]:
+        largest = sorted(kernel.configs, key=lambda each: -each.kwargs["BLOCK_N"] * each.num_stages)
+        for config in largest[:2]:
             name = f"{kernel.fn.__name__} {config.kwargs} {config.num_warps} warps {config.num_stages} stages"
             taken[name] = compiled(
                 kernel.fn, {**constants, **config.kwargs}, warps=config.num_warps, stages=config.num_stages, **types
             )
+            if kernel is triton_decode._attend_shares:
+                bound[name] = triton_decode.shared_bytes(config.kwargs["BLOCK_N"], 128, 2, config.num_stages)
+    for name, constants, types in OTHERS:
+        taken[name] = compiled(triton_decode._attend_shares.fn, {**DECODE, **constants}, warps=4, stages=2, **types)
     merge = {**HEAD, "SPLITS": 64, "SPLITS_PADDED": 64}
     taken["_merge_shares"] = compiled(triton_decode._merge_shares, merge, warps=4, stages=3)
     for size in (16, 128):
@@ -62,7 +89,7 @@ def main() -> None:
         taken[f"_representatives of {size}"] = compiled(
             triton_seal._representatives, {**block, "TOPK": 4}, warps=warps, stages=3, out="*fp32"
         )
-    print(json.dumps({"limit": SHARED_BYTES, "taken": taken}))
+    print(json.dumps({"limit": SHARED_BYTES, "taken": taken, "bound": bound}))
 
 
 if __name__ == "__main__":

@@ -165,6 +165,16 @@ def test_decode_attention_refuses_what_does_not_fit(backend: dispatch.Backend, d
                 dispatch.decode_attention(query, given, scale=1.0)
 
 
+def test_only_what_fits_consumer_gpus_is_tried() -> None:
+    import triton
+
+    from infllm_agent.kernels.triton_decode import fitting
+
+    candidates = [triton.Config({"BLOCK_N": n}, num_warps=4, num_stages=s) for n, s in [(32, 1), (64, 2), (64, 3)]]
+    for dtype, dim, count in [(torch.bfloat16, 128, 2), (torch.bfloat16, 64, 3), (torch.float32, 256, 1)]:
+        assert fitting(candidates, {"q": torch.empty(1, dtype=dtype)}, DIM_PADDED=dim) == candidates[:count]
+
+
 # -- votes -----------------------------------------------------------------------------------------------------------
 
 SMALL_VOTES = [(1, 1, 1, 1, 16), (2, 3, 1, 70, 64), (3, 3, 5, 33, 20), (1, 4, 9, 600, 32), (2, 1, 2, 65, 128)]
