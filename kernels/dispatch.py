@@ -63,12 +63,14 @@ def votes(q: Tensor, keys: Tensor, scale: float, others: Tensor | None = None, c
 
         return triton_votes.votes(q, keys, scale, others, chosen)
     if chosen is not None:
-        keys = keys.index_select(0, chosen)
+        keys = keys.flatten(1).index_select(0, chosen).view(-1, *keys.shape[1:])  # far faster than keys[chosen]
     return lookup.votes(q, keys, scale) if others is None else lookup.votes_among(q, keys, others, scale)
 
 
 def attention_mass(q: Tensor, keys: Tensor, scale: float) -> Tensor:
     """See ``lookup.attention_mass``: keys (kv_heads, blocks, block_size, head_dim); (blocks,) float32."""
+    if backend(q) == "plain":
+        return lookup.attention_mass(q, keys, scale)
     blocks, size = keys.shape[1:3]
     return votes(q, keys.flatten(1, 2).transpose(0, 1), scale).view(blocks, size).sum(dim=-1)
 
