@@ -27,7 +27,7 @@ class HostGather:
         """Copy ``source[rows]`` to ``target``.
 
         Args:
-            source: (n, ...) in host memory, each row in one piece.
+            source: (n, ...) in host memory, each row in one piece; rows may be far apart.
             target: (len(rows), ...) of the same type on the device, in one piece. What was computed of it before is
                 computed first.
 
@@ -50,7 +50,9 @@ class HostGather:
             raise ValueError("the source must be pinned: from other memory a GPU cannot copy while it computes")
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
-            for first, count, at in runs(rows):
+            # Of rows that are apart torch would copy several through memory of its own, which is not pinned.
+            together = runs(rows) if source.is_contiguous() else ((row, 1, at) for at, row in enumerate(rows))
+            for first, count, at in together:
                 target[at : at + count].copy_(source[first : first + count], non_blocking=True)
             target.record_stream(self._stream)
             self._done = self._stream.record_event()

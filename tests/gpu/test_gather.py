@@ -25,9 +25,11 @@ def test_runs_are_the_rows(rows: list[int]) -> None:
 
 @pytest.mark.parametrize("device", DEVICES, ids=str)
 @pytest.mark.parametrize("rows", [[], [4], [0, 1, 2, 9, 3, 3], list(range(10))], ids=str)
-def test_rows_are_copied(device: torch.device, rows: list[int]) -> None:
-    source = torch.randn(10, 3, 5)
-    source = source.pin_memory() if device.type == "cuda" else source
+@pytest.mark.parametrize("apart", [False, True])
+def test_rows_are_copied(device: torch.device, rows: list[int], apart: bool) -> None:
+    records = torch.randn(10, 7, 5)
+    records = records.pin_memory() if device.type == "cuda" else records
+    source = records[:, 2:5] if apart else records.view(-1)[:150].view(10, 3, 5)
     target = torch.full((len(rows), 3, 5), torch.nan, device=device)
     gather = HostGather(device)
     gather.begin(source, rows, target)
