@@ -18,6 +18,7 @@ from infllm_agent.bench.speed import Plan, run
 from infllm_agent.bench.speed_cost import Cost, Weights, shares
 from infllm_agent.bench.speed_fill import fill
 from infllm_agent.bench.speed_phases import PHASES, Phases
+from infllm_agent.bench.speed_systems import FilledContext
 from infllm_agent.blockfile import BlockFiles
 from infllm_agent.config import MemoryConfig, SamplingConfig
 from infllm_agent.errors import ConfigError
@@ -303,11 +304,11 @@ def test_an_error_inside_leaves_nothing_behind() -> None:
     assert LocalModel.__dict__["_step"] is before
 
 
-def test_a_given_cache_is_gone_on_from() -> None:
-    from transformers import DynamicCache
-
-    model, cache = tiny("llama"), DynamicCache()
-    FullContext(model, cache=cache).feed([5, 6, 7])
-    torch.testing.assert_close(
-        FullContext(model, cache=cache).feed([8]), FullContext(model).feed([5, 6, 7, 8]), atol=1e-4, rtol=1e-4
-    )
+def test_a_filled_cache_is_attended_to() -> None:
+    """Keys and values of a text, put into the cache from outside, are that text."""
+    model = tiny("llama")
+    read, filled = FilledContext(model), FilledContext(model)
+    read.feed([5, 6, 7])
+    for number in model.specs:
+        filled.cache.update(read.cache.layers[number].keys, read.cache.layers[number].values, number)
+    torch.testing.assert_close(filled.feed([8]), FullContext(model).feed([5, 6, 7, 8]), atol=1e-4, rtol=1e-4)

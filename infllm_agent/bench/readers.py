@@ -86,12 +86,11 @@ class FullContext:
 
     Args:
         piece: tokens that go through the model at once. All at once is faster, and takes memory without bound.
-        cache: keys and values so far; None: of an empty text.
     """
 
-    def __init__(self, model: LocalModel, piece: int = PIECE, cache: DynamicCache | None = None) -> None:
+    def __init__(self, model: LocalModel, piece: int = PIECE) -> None:
         self.model, self.piece = model, piece
-        self._cache = cache if cache is not None else DynamicCache()
+        self._cache = DynamicCache()
 
     @torch.inference_mode()
     def feed(self, ids: Sequence[int], *, question: bool = False) -> Tensor:
@@ -171,7 +170,7 @@ class Reader(ABC):
     def _take_in(self, context: Context, ids: Sequence[int]) -> None:
         began = time.perf_counter()
         context.feed(ids)
-        wait_for(self.model)
+        _wait_for(self.model)
         self.prefill += Rate(len(ids), time.perf_counter() - began)
 
     def _converse(self, context: Context, questions: Sequence[Question]) -> list[str]:
@@ -265,7 +264,6 @@ def last(ids: Sequence[int] | deque[int], count: int) -> list[int]:
     return list(ids)[-count:]
 
 
-def wait_for(model: LocalModel) -> None:
-    """Until the device has done what it was given."""
+def _wait_for(model: LocalModel) -> None:
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)

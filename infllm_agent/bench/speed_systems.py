@@ -13,7 +13,7 @@ import torch
 from transformers import DynamicCache
 
 from infllm_agent.bench.machine import available_bytes
-from infllm_agent.bench.readers import FullContext, MemoryContext, wait_for
+from infllm_agent.bench.readers import FullContext, MemoryContext
 from infllm_agent.bench.speed_cost import Cost
 from infllm_agent.bench.speed_fill import fill
 from infllm_agent.blockfile import BlockFiles
@@ -110,7 +110,8 @@ class _Local:
         return self._sampler.pick(self._context.feed(ids), [])
 
     def wait(self) -> None:
-        wait_for(self.model)
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
 
 
 class Infllm(_Local):
@@ -153,6 +154,17 @@ class Infllm(_Local):
         return Cost.of(self.model, self.config)
 
 
+class FilledContext(FullContext):
+    """transformers' own attention, all at once, at its fastest. Its cache may be filled from outside."""
+
+    def __init__(self, model: LocalModel) -> None:
+        super().__init__(model, piece=2**30)
+
+    @property
+    def cache(self) -> DynamicCache:
+        return self._cache
+
+
 class Plain(_Local):
     """transformers' own attention (SDPA) and cache."""
 
@@ -164,21 +176,16 @@ class Plain(_Local):
         free = available_bytes(model.device)
         if needed > free:
             raise Skipped(f"full attention needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
-        self._cache = DynamicCache()
-        self._context: FullContext = self._fresh()
+        self._context: FullContext = FilledContext(model)
 
     def begin(self, history: int, ids: Sequence[int]) -> None:
-        self._context = self._fresh()
+        self._context = filled = FilledContext(self.model)
         self.length = history
         if history:
             for number, spec in sorted(self.model.specs.items()):
                 shape = (1, spec.kv_heads, history, spec.head_dim)
                 k, v = (torch.randn(shape, dtype=self.model.dtype, device=self.model.device) for _ in range(2))
-                self._cache.update(k, v, number)
-
-    def _fresh(self) -> FullContext:
-        self._cache = DynamicCache()
-        return FullContext(self.model, piece=2**30, cache=self._cache)  # all at once, at its fastest
+                filled.cache.update(k, v, number)
 
     def device_mb(self) -> float:
         return round(self.length * self.model.kv_bytes_per_token / 1e6, 1)
