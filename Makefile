@@ -52,7 +52,8 @@ bench: $(STAMP)  ## measure retrieval and speed; results in bench-results/
 	mkdir -p bench-results
 	$(BIN)/infllm-agent bench retrieval --task passkey --tokens 16384 --method infllm,truncate \
 		--json bench-results/retrieval.json --plot bench-results
-	$(BIN)/infllm-agent bench speed --histories 2048,16384 --systems infllm,plain --json bench-results/speed.json
+	$(BIN)/infllm-agent bench speed --histories 2048,16384 --systems infllm,plain --json bench-results/speed.json \
+		--plot bench-results
 
 picture: $(STAMP)  ## draw docs/demo.svg and docs/chat.svg from real runs
 	$(BIN)/python docs/picture.py

@@ -58,6 +58,11 @@ class RotaryTable:
         frequencies = rotary.inv_freq.cpu().numpy()
         self._cos, self._sin = _angles(frequencies.tobytes(), frequencies.dtype.name, length, device)
 
+    @property
+    def angles(self) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, each (length, rotary_dim / 2) float32."""
+        return self._cos, self._sin
+
     def rotate(self, x: Tensor, start: int) -> Tensor:
         """Rotate ``x`` (..., n, head_dim) as positions ``start .. start + n - 1``."""
         stop = start + x.shape[-2]

@@ -113,22 +113,63 @@ def retrieval(
 @takes_options
 def speed(
     histories: Annotated[str, typer.Option(help="Tokens of history, with commas.")] = "2048,8192,16384",
-    systems: Annotated[str, typer.Option(help="infllm, plain; with commas.")] = "infllm,plain",
+    systems: Annotated[str, typer.Option(help="infllm, plain, llamacpp; with commas.")] = "infllm,plain",
+    random_from: Annotated[
+        int,
+        typer.Option(
+            metavar="TOKENS",
+            help="Histories of at least so many tokens are not read, which would take hours, but filled with random "
+            "keys and values; 0: all are read.",
+            min=0,
+        ),
+    ] = 65_536,
+    disk: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Where the blocks of such histories lie.", show_default="in host memory"),
+    ] = None,
+    gguf: Annotated[Path | None, typer.Option(metavar="FILE", help="The model for llama.cpp.")] = None,
+    apart: Annotated[
+        bool, typer.Option(help="A process for each row, so that its peak memory is its own; or one for all.")
+    ] = True,
     model: Model = "smollm2",
     device: Device = "auto",
     dtype: Dtype = "auto",
     out: Out = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Draw speed, memory and phases there, as PNG.")
+    ] = None,
     *,
     memory: Memory,
 ) -> None:
-    """Prefill and decoding by length of history, beside plain transformers (SDPA)."""
-    from infllm_agent.bench.speed import run
+    """Prefill and decoding by length of history, beside plain transformers (SDPA) and llama.cpp.
 
-    lengths = _numbers("--histories", histories)
+    Speeds are also given as shares of what the machine can do at best, which is measured first: prefill, of the
+    arithmetic of a matrix product; decoding, of the bytes of a copy. Phases say where the time of a token goes.
+    """
+    from infllm_agent.bench import plots, speed_report
+    from infllm_agent.bench.speed import Plan, run
+
+    plan = Plan(
+        model,
+        _numbers("--histories", histories),
+        _listed(systems),
+        memory,
+        device,
+        dtype,
+        random_from or None,
+        disk,
+        gguf,
+        apart,
+    )
     _writable(out)
-    table = run(model, memory, lengths, _listed(systems), device=device, dtype=dtype, report=_say)
-    if not _printed(table, out):
-        _show(table["rows"])
+    if plot is not None:
+        plots.check(plot)
+    result = run(plan, _say)
+    if plot is not None:
+        for path in speed_report.draw(result, plot):
+            _say(f"wrote {path}")
+    if not _printed(result, out):
+        speed_report.show(result)
 
 
 def _listed(text: str) -> tuple[str, ...]:
@@ -196,13 +237,6 @@ def _printed(value: Any, out: Path | None) -> bool:
         return True
     out.write_text(text + "\n")
     return False
-
-
-def _show(rows: Sequence[dict[str, Any]]) -> None:
-    table = Table(*rows[0])
-    for row in rows:
-        table.add_row(*(str(cell) for cell in row.values()))
-    Console().print(table)
 
 
 def show_accuracy(rows: Sequence[dict[str, Any]]) -> None:

@@ -43,20 +43,41 @@ def available_bytes(device: torch.device) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def ceilings() -> dict[str, float]:
-    """What the machine can do at best: a float32 matrix product, and a copy (bytes read and written counted)."""
-    a, b = torch.randn(1536, 1536), torch.randn(1536, 1536)
-    source = torch.empty(64 << 20, dtype=torch.uint8)
+def peak_device_mb() -> int | None:
+    """The most that torch has taken of a GPU since ``reset_peaks``, in MB, weights included; None without a GPU."""
+    return int(torch.cuda.max_memory_allocated() / 1e6) if torch.cuda.is_available() else None
+
+
+def reset_peaks() -> None:
+    """Let peaks begin anew at what is held now, where that is possible."""
+    reset_peak_rss()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """What the machine can do at best: a matrix product in the model's precision, and a copy (bytes read and written
+    counted)."""
+    gpu = device.type == "cuda"
+    size, buffer = (8192, 1 << 30) if gpu else (1536, 64 << 20)
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    source = torch.empty(buffer, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    product = _best(lambda: a @ b)
-    copy = _best(lambda: target.copy_(source))
-    return {"matmul_gflops": round(2 * 1536**3 / product / 1e9, 1), "copy_gb_s": round(2 * (64 << 20) / copy / 1e9, 1)}
+    wait = torch.cuda.synchronize if gpu else _nothing
+    product = _best(lambda: a @ b, wait)
+    copy = _best(lambda: target.copy_(source), wait)
+    return {"matmul_gflops": round(2 * size**3 / product / 1e9, 1), "copy_gb_s": round(2 * buffer / copy / 1e9, 1)}
 
 
-def _best(work: Callable[[], object], repeats: int = 10) -> float:
+def _nothing() -> None:
+    """A CPU has done what it was given."""
+
+
+def _best(work: Callable[[], object], wait: Callable[[], None], repeats: int = 10) -> float:
     times = []
-    for _ in range(repeats):
+    for _ in range(repeats + 1):  # the first call may have to choose a kernel
         began = time.perf_counter()
         work()
+        wait()
         times.append(time.perf_counter() - began)
     return min(times)

@@ -1,0 +1,85 @@
+"""What a layer of the memory holds, given to the decode kernel as it lies there, comes to what the layer computes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny import ARCHITECTURES, build
+from torch import Tensor
+
+from infllm_agent.config import MemoryConfig
+from infllm_agent.kernels import dispatch
+from infllm_agent.kernels.decode import Angles, DecodeKeys, bounds
+from infllm_agent.memory import MemoryLayer
+from infllm_agent.model import LocalModel
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.gpu
+
+
+def decode_keys(layer: MemoryLayer) -> DecodeKeys:
+    """Of a layer that has just attended to one token and has not advanced."""
+    window, device = layer.window, layer.far_k.device
+    slots = torch.tensor(layer.cache.fetch(layer.selected, layer._load), dtype=torch.int64, device=device)
+    angles = None
+    if window.rotary is not None:
+        table = layer.far_rotary or window.rotary
+        distance = None if layer.far_rotary is not None else layer.config.n_local
+        angles = Angles(*table.angles, table.rotary.interleaved, distance)
+    return DecodeKeys(
+        layer.far_k,
+        layer.far_v,
+        layer.cache.k,
+        layer.cache.v,
+        slots,
+        window.k_rotated,
+        window.v,
+        bounds(layer.n_sinks, len(layer.selected), window.start, window.stop + 1, device),
+        angles,
+    )
+
+
+@pytest.mark.parametrize("backend", ["triton", "plain"])
+@pytest.mark.parametrize(
+    ("name", "positions"),
+    [
+        ("llama", "contiguous"),
+        ("glm4", "one_angle"),  # interleaved, and half of the channels rotate
+        ("glm4", "contiguous"),
+        ("gemma2", "contiguous"),  # soft-capped logits
+        ("smollm3", "one_angle"),  # a layer without rotation
+    ],
+)
+def test_a_layer_decodes_the_same(
+    name: str, positions: Any, backend: dispatch.Backend, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = MemoryConfig(
+        n_init=5, n_local=24, block_size=8, topk=3, candidates=6, chunk_size=16, max_cached_block=9, positions=positions
+    )
+    model = LocalModel.attach(build(*ARCHITECTURES[name]).to(device), None, name=name)
+    memory = model.new_memory(config)
+    compared = 0
+    original = MemoryLayer.attend
+
+    def attend(layer: MemoryLayer, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        nonlocal compared
+        expected = original(layer, q, k, v, **options)
+        if q.shape[1] == 1:
+            with dispatch.using(backend):
+                got = dispatch.decode_attention(
+                    q[:, 0], decode_keys(layer), scale=options["scale"], softcap=options["softcap"]
+                )
+            torch.testing.assert_close(got.out, expected, atol=2e-5, rtol=2e-4)
+            compared += 1
+        return expected
+
+    monkeypatch.setattr(MemoryLayer, "attend", attend)
+    ids = torch.randint(3, 97, (120,), generator=torch.Generator().manual_seed(2)).tolist()
+    for chunk in ([ids[0]], ids[1:12], [ids[12]], *(ids[start : start + 16] for start in range(13, 93, 16))):
+        model.forward(chunk, memory)
+    for token in ids[93:95]:
+        model.forward([token], memory)
+    assert memory.store.count > config.topk
+    assert compared == 4 * len(memory.layers)
