@@ -27,8 +27,10 @@ from infllm_agent.blocks import BlockCache, BlockStore
 from infllm_agent.candidates import Candidates
 from infllm_agent.config import MemoryConfig
 from infllm_agent.index import BlockIndex, best
+from infllm_agent.kernels import dispatch
 from infllm_agent.kernels.attention import attend, merge
-from infllm_agent.kernels.lookup import representative_scores, similarity, voters
+from infllm_agent.kernels.decode import Angles, DecodeKeys, bounds
+from infllm_agent.kernels.lookup import similarity, voters
 from infllm_agent.kernels.rotary import RotaryTable
 from infllm_agent.layers import LayerSpec, SlidingLayer, block_shape
 from infllm_agent.state import Division, LayerState, MemoryState
@@ -88,7 +90,8 @@ class MemoryLayer:
             self.far_rotary = RotaryTable(spec.rotary, far_keys + self.window.size, device)
             self.far_k_rotated = torch.empty_like(self.far_k)
         self.n_sinks = 0
-        self.selected: list[int] = []  # the blocks among the far keys
+        self.selected: list[int] = []  # the blocks looked up last
+        self.gathered: list[int] = []  # the blocks among the far keys
         self.shown: Candidates | None = None  # to the second pass of the last lookup
         self.kept: Candidates | None = None  # for tokens that come one by one
         flat = config.flat_blocks if config.lookup == "votes" else None
@@ -135,13 +138,14 @@ class MemoryLayer:
 
     def bring(self, blocks: list[int]) -> None:
         """Make ``blocks`` the far keys behind the sinks, through the device cache."""
-        if blocks == self.selected:
+        self.selected = list(blocks)
+        if blocks == self.gathered:
             return
         slots = torch.tensor(self.cache.fetch(blocks, self._load), device=self.far_k.device)
         behind = slice(self.n_sinks, self.n_sinks + len(blocks) * self.config.block_size)
         self.far_k[:, behind] = self.cache.k.index_select(1, slots).flatten(1, 2)
         self.far_v[:, behind] = self.cache.v.index_select(1, slots).flatten(1, 2)
-        self.selected = list(blocks)
+        self.gathered = list(blocks)
         self._rotate_far()
 
     def _rotate_far(self) -> None:
@@ -186,8 +190,11 @@ class MemoryLayer:
         """
         n = q.shape[1]
         self.append(q, k, v)
-        if self.blocks.count:
-            self.bring(self.look_up(q, scale, first_token + len(self.window)))
+        blocks = self.look_up(q, scale, first_token + len(self.window)) if self.blocks.count else []
+        told = recorder is not None and recorder.wants(self.index)
+        if n == 1 and not told and dispatch.backend(q) == "triton":
+            return dispatch.decode_attention(q[:, 0], self._decode_keys(blocks), scale=scale, softcap=softcap).out
+        self.bring(blocks)
         window, n_far = self.window, self.n_far
         q_near = window.rotate_queries(q)
         parts = []
@@ -204,11 +211,27 @@ class MemoryLayer:
             own_k, own_v = window.k_rotated[:, window.stop : end], window.v[:, window.stop : end]
             parts.append(attend(q_near, own_k, own_v, scale=scale, softcap=softcap, causal=True))
         merged = merge(parts)
-        if recorder is not None and recorder.wants(self.index):
+        if recorder is not None and told:
             logits = [_logits(q_far[:, -1:], far_k, scale, softcap)] if n_far else []
             logits.append(_logits(q_near[:, -1:], window.k_rotated[:, window.start : end], scale, softcap))
             recorder.record(self.index, self.n_sinks, self.selected, first_token, logits)
         return merged.out
+
+    def _decode_keys(self, blocks: list[int]) -> DecodeKeys:
+        """What a token decoded alone attends to, where it lies: the far keys are not gathered."""
+        window, device = self.window, self.far_k.device
+        slots = torch.tensor(self.cache.fetch(blocks, self._load), dtype=torch.int32, device=device)
+        self.selected = list(blocks)
+        angles = None
+        if window.rotary is not None:
+            table = self.far_rotary or window.rotary
+            distance = self.config.n_local if self.far_rotary is None else None
+            angles = Angles(*table.angles, table.rotary.interleaved, distance)
+        return DecodeKeys(
+            *(self.far_k, self.far_v, self.cache.k, self.cache.v, slots, window.k_rotated, window.v),
+            bounds(self.n_sinks, len(blocks), window.start, window.stop + 1, device),
+            angles,
+        )
 
     def _rotated_far(self, q: Tensor) -> tuple[Tensor, Tensor]:
         """The queries as the far keys see them, and those keys, rotated as the configuration says."""
@@ -252,10 +275,8 @@ class MemoryLayer:
             window = self.window
             assert window.queries is not None
             queries = window.queries[:, window.start : window.stop]
-            scores = representative_scores(k.flatten(1, 2), queries, self.config.n_local).view(k.shape[:3])
-            best = scores.topk(self.config.repr_topk, dim=2).indices
-            k = k.gather(2, best.unsqueeze(-1).expand(-1, -1, -1, k.shape[-1]))
-        return k.mean(dim=2, dtype=torch.float32)
+            return dispatch.representative_keys(k, queries, self.config.n_local, self.config.repr_topk)
+        return dispatch.mean_keys(k)
 
     def state(self, length: int) -> LayerState:
         """Sinks and window, without what is staged, and candidates that would serve the session's next token; views."""

@@ -1,10 +1,12 @@
 """Which kernel computes what: Triton's for tensors on a GPU, where it is installed; plain torch otherwise.
 
-Both take the same arguments and are tested against each other. Results differ by rounding only.
+Both take the same arguments and are tested against each other. Results differ by rounding only. With
+``INFLLM_KERNELS=plain`` in the environment plain torch computes everything.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -20,7 +22,7 @@ from infllm_agent.kernels.decode import DecodeKeys, decode_attention_plain
 
 Backend = Literal["triton", "plain"]
 
-_forced: Backend | None = None
+_forced: Backend | None = "plain" if os.environ.get("INFLLM_KERNELS") == "plain" else None
 
 
 def backend(x: Tensor) -> Backend:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -83,3 +84,26 @@ def test_a_layer_decodes_the_same(
         model.forward([token], memory)
     assert memory.store.count > config.topk
     assert compared == 4 * len(memory.layers)
+
+
+@pytest.mark.parametrize("name", ["llama", "glm4", "gemma2"])
+@pytest.mark.parametrize(
+    "rules",
+    [{}, {"positions": "one_angle", "block_key": "representatives", "repr_topk": 2, "candidates": 0}],
+    ids=["default", "paper"],
+)
+def test_a_model_answers_the_same(name: str, rules: dict[str, Any], device: torch.device) -> None:
+    """Chunks and single tokens in turn: whatever computes them, the logits are the same."""
+    sizes = {"n_init": 5, "n_local": 24, "block_size": 8, "topk": 3, "candidates": 6, "chunk_size": 16}
+    config = MemoryConfig(**{**sizes, "max_cached_block": 9, **rules})
+    config_class, overrides = ARCHITECTURES[name]
+    model = LocalModel.attach(build(config_class, overrides).to(device), None)
+    ids = torch.randint(3, 97, (138,), generator=torch.Generator().manual_seed(2)).tolist()
+    cuts = [0, *range(10, 107, 16), *range(107, 119), 134, 135, 136, 137]
+    logits = []
+    for backend in ("triton", "plain"):
+        with dispatch.using(backend):
+            memory = model.new_memory(config)
+            logits.append(torch.stack([model.forward(ids[a:b], memory) for a, b in pairwise(cuts)]))
+    assert memory.store.count > 10
+    assert torch.allclose(logits[0], logits[1], atol=1e-4)
