@@ -5,10 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 import random
-import signal
-import subprocess
-import sys
-import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -371,46 +367,6 @@ def test_closed_and_locked_sessions(runtime: AgentRuntime, model: LocalModel) ->
     with pytest.raises(SessionClosed):
         session.append_user("more")
     assert runtime.session("ops").message_count == 0, "what was not committed is gone"
-
-
-def test_sigkill_at_any_time_leaves_the_last_commit(tmp_path: Path, tiny_model_folder: Path, model: LocalModel) -> None:
-    """A child appends, replies and commits until it is killed; what it reported as committed must be there, and the
-    memory must be that of an uninterrupted run to the bit."""
-    child = textwrap.dedent(
-        f"""
-        import sys
-        from infllm_agent import AgentRuntime, MemoryConfig
-        memory = MemoryConfig(**{SMALL.model_dump()!r})
-        runtime = AgentRuntime.open({str(tmp_path)!r}, {str(tiny_model_folder)!r}, memory, dtype="float32")
-        session = runtime.session("ops")
-        while True:
-            session.append_tool_result("shell", "error 404 at 12:30, retry in 5 s " * 9)
-            session.reply(max_tokens=6)
-            session.commit()
-            print(session.store.generation, session.token_count, flush=True)
-        """
-    )
-    choice, done = random.Random(0), 0
-    for _ in range(5):
-        process = subprocess.Popen([sys.executable, "-c", child], stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None
-        lines = [process.stdout.readline() for _ in range(choice.randint(1, 4))]
-        time.sleep(choice.random() * 0.15)
-        process.send_signal(signal.SIGKILL)
-        lines += process.stdout.readlines()
-        process.wait()
-        generation, tokens = (int(word) for word in [line for line in lines if line.endswith("\n")][-1].split())
-        with AgentRuntime(tmp_path, model) as runtime:
-            session = runtime.session("ops")
-            assert session.store.generation >= generation > done
-            assert session.token_count >= tokens
-            ids, twin = session.token_ids(), model.new_memory(SMALL)
-            for start, length in session.chunks():
-                model.forward(ids[start : start + length], twin)
-            expected = model.forward([*session._pending, 5], twin)
-            assert torch.equal(logits_after(session, [5]), expected)
-            session.rollback()
-            done = session.store.generation
 
 
 @pytest.mark.model
