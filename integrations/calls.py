@@ -132,7 +132,13 @@ def _last_chunk(
     session: Session, *, finish_reason: str | None = None, usage: UsageMetadata | None = None
 ) -> ChatGenerationChunk:
     info = {"finish_reason": finish_reason} if finish_reason else {}
-    metadata = {"model_name": session.model.name, "model_provider": "infllm", "session_id": session.name}
+    metadata = {
+        "model_name": session.model.name,
+        "model_provider": "infllm",
+        "session_id": session.name,
+        "session_key": session.store.id,  # stays when names change hands
+        "messages": session.message_count,
+    }
     message = AIMessageChunk(content="", usage_metadata=usage, response_metadata=metadata | info, chunk_position="last")
     return ChatGenerationChunk(message=message, generation_info=info)
 

@@ -49,6 +49,7 @@ class CallLock:
         self.name = name
         self._lock = threading.Lock()  # not re-entrant, and a generator may be closed by another thread
         self._owner: int | None = None
+        self.waiting = 0  # calls
 
     @property
     def held(self) -> bool:
@@ -66,14 +67,18 @@ class CallLock:
         return taken
 
     def take(self, cancelled: CancelCheck) -> None:
-        while not self.take_if_free():
-            if self.held_here:
-                raise SessionBusy(
-                    f'session "{self.name}": this thread still has a stream open on it; finish or close it first'
-                )
-            if cancelled():
-                raise Cancelled(f'session "{self.name}": stopped while waiting for another call')
-            time.sleep(0.01)
+        self.waiting += 1
+        try:
+            while not self.take_if_free():
+                if self.held_here:
+                    raise SessionBusy(
+                        f'session "{self.name}": this thread still has a stream open on it; finish or close it first'
+                    )
+                if cancelled():
+                    raise Cancelled(f'session "{self.name}": stopped while waiting for another call')
+                time.sleep(0.01)
+        finally:
+            self.waiting -= 1
 
     def release(self) -> None:
         self._owner = None
@@ -213,6 +218,10 @@ class Desk:
                 runtime.release(name)
             finally:
                 lock.release()
+
+    def waiting(self, name: str) -> bool:
+        """Whether a call waits for the session of that name."""
+        return self._lock_of(name).waiting > 0
 
     @contextmanager
     def _claimed(
