@@ -92,6 +92,7 @@ def _written(session: Session, request: Request, cancelled: CancelCheck) -> Iter
     form = request.form
     with all_or_nothing(session, cancelled):
         _append(session, request.turns)
+        request.begins(session)
         answer = session.stream_reply(
             tools=form.tools or None,
             tool_choice=form.tool_choice,
@@ -132,13 +133,7 @@ def _last_chunk(
     session: Session, *, finish_reason: str | None = None, usage: UsageMetadata | None = None
 ) -> ChatGenerationChunk:
     info = {"finish_reason": finish_reason} if finish_reason else {}
-    metadata = {
-        "model_name": session.model.name,
-        "model_provider": "infllm",
-        "session_id": session.name,
-        "session_key": session.store.id,  # stays when names change hands
-        "messages": session.message_count,
-    }
+    metadata = {"model_name": session.model.name, "model_provider": "infllm", "session_id": session.name}
     message = AIMessageChunk(content="", usage_metadata=usage, response_metadata=metadata | info, chunk_position="last")
     return ChatGenerationChunk(message=message, generation_info=info)
 

@@ -6,7 +6,8 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
-from functools import reduce
+from dataclasses import replace
+from functools import partial, reduce
 from operator import add
 from typing import Any, cast
 
@@ -50,10 +51,12 @@ from infllm_agent.integrations.server_service import (
     TheService,
     event_of,
 )
-from infllm_agent.integrations.turns import Turn
+from infllm_agent.integrations.turns import Turn, announcing
+from infllm_agent.session import Session
 from infllm_agent.store import SessionStore
 
 Chunks = Iterator[ChatGenerationChunk]
+Answer = Callable[[CancelCheck], Chunks]
 
 router = APIRouter(prefix="/v1", responses=ERRORS)
 
@@ -126,40 +129,43 @@ async def chat_completions(
 ) -> Response:
     """Answer a history, in the session that it continues; with ``append``, the session as it stands."""
     asked.check_model(service)
-    answer = _answer_to(asked, service, caller, asked.session(session))
     frame = _Frame(service, caller)
+    answer = _answer_to(asked, service, caller, asked.session(session), frame)
     if not asked.stream:
         return JsonResponse(frame.completion(message_of(await service.gather(request, answer))))
     with_usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)
     return await EventStream.begun(request, _events(service, answer, frame, with_usage), service.config.stall_s)
 
 
-def _answer_to(
-    asked: ChatRequest, service: Service, caller: Namespace, id: str | None
-) -> Callable[[CancelCheck], Chunks]:
+def _answer_to(asked: ChatRequest, service: Service, caller: Namespace, id: str | None, frame: _Frame) -> Answer:
     """What answers the request, in a thread. What is wrong with it is told before."""
-    runtime, form, turns = service.runtime, asked.form(), asked.turns()
+    form, turns = asked.form(), asked.turns()
     most = asked.max_completion_tokens or asked.max_tokens
     sampling = asked.sampling(service, most, stop=stops_of(asked.stop), seed=seed_of(asked.seed))
-    if not asked.append:
-        whole = history(turns, form.tools, lambda: runtime.chat.default_system, "messages")
-        return lambda cancelled: answer_whole(service, caller, id, Call(whole, sampling, form), cancelled)
-    if id is None:
-        raise bad_request("append: to which session? Name it in X-Session-Id or session_id", "session_id")
-
-    def answer(cancelled: CancelCheck) -> Chunks:
-        name = caller.session(service.catalog, id)
-        new = named(turns, "messages", stored_turns(service, name)) if _has_results(turns) else turns
-        return answer_events(runtime, name, Call(new, sampling, form), cancelled)
-
-    return answer
+    if asked.append:
+        if id is None:
+            raise bad_request("append: to which session? Name it in X-Session-Id or session_id", "session_id")
+        return partial(answer_next, service, caller, id, Call(turns, sampling, form, frame.begin), "messages")
+    turns = history(turns, form.tools, lambda: service.runtime.chat.default_system, "messages")
+    return partial(answer_whole, service, caller, id, Call(turns, sampling, form, frame.begin))
 
 
 def answer_whole(service: Service, caller: Namespace, id: str | None, call: Call, cancelled: CancelCheck) -> Chunks:
     """The answer to a whole history, in the session of the named family, or of all that have no name."""
-    kept = service.config.nameless if id is None else service.config.branches
-    base = caller.family(service.catalog, NAMELESS if id is None else id)
+    id = NAMELESS if id is None else id
+    kept = service.config.nameless if id == NAMELESS else service.config.branches
+    base = caller.family(service.catalog, id)
     return answer_history(service.runtime, base, call, cancelled, max_branches=kept)
+
+
+def answer_next(service: Service, caller: Namespace, id: str, call: Call, where: str, cancelled: CancelCheck) -> Chunks:
+    """The answer to what comes next in a session. ``where`` names the messages to those who sent them."""
+    name, turns = caller.session(service.catalog, id), call.turns
+    if any(turn.role == "tool" for turn in turns):
+        turns = named(turns, where, stored_turns(service, name))
+    if call.form.tools and not stored_turns(service, name, 1):
+        turns = announcing(turns, call.form.tools, lambda: service.runtime.chat.default_system)
+    return answer_events(service.runtime, name, replace(call, turns=turns), cancelled)
 
 
 def stored_turns(service: Service, name: str, stop: int | None = None) -> list[Turn]:
@@ -170,17 +176,11 @@ def stored_turns(service: Service, name: str, stop: int | None = None) -> list[T
         return [stored_turn(message) for message in store.messages(0, stop)]
 
 
-def _has_results(turns: Sequence[Turn]) -> bool:
-    return any(turn.role == "tool" for turn in turns)
-
-
 def message_of(chunks: Sequence[ChatGenerationChunk]) -> AIMessageChunk:
     return cast(AIMessageChunk, reduce(add, chunks).message)
 
 
-async def _events(
-    service: Service, answer: Callable[[CancelCheck], Chunks], frame: _Frame, with_usage: bool
-) -> AsyncGenerator[str, None]:
+async def _events(service: Service, answer: Answer, frame: _Frame, with_usage: bool) -> AsyncGenerator[str, None]:
     """The answer as server-sent events."""
     role: dict[str, Any] = {"role": "assistant", "content": ""}
     async with aclosing(service.stream(answer)) as chunks:
@@ -197,7 +197,7 @@ async def _events(
                 role = {}
             if message.chunk_position == "last":
                 finish = message.response_metadata.get("finish_reason", "stop")
-                yield event_of(frame.piece(role, finish) | frame.session(message))
+                yield event_of(frame.piece(role, finish))
                 if with_usage:
                     yield event_of(frame.head("chat.completion.chunk") | {"choices": [], "usage": usage_of(message)})
     yield "data: [DONE]\n\n"
@@ -211,12 +211,15 @@ class _Frame:
         self._created = int(time.time())
         self._model = service.model
         self._caller = caller
+        self._session = ""
+
+    def begin(self, session: Session) -> None:
+        self._session = self._caller.own(session.name)
 
     def head(self, kind: str) -> dict[str, Any]:
-        return {"id": self._id, "object": kind, "created": self._created, "model": self._model}
-
-    def session(self, message: AIMessageChunk) -> dict[str, Any]:
-        return {"session_id": self._caller.own(message.response_metadata["session_id"])}
+        """``session_id`` is not OpenAI's."""
+        made = {"id": self._id, "object": kind, "created": self._created, "model": self._model}
+        return made | {"session_id": self._session}
 
     def piece(self, delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
         choice = {"index": 0, "delta": delta, "finish_reason": finish, "logprobs": None}
@@ -232,8 +235,7 @@ class _Frame:
             said["content"] = message.text or None
         finish = message.response_metadata.get("finish_reason", "stop")
         choice = {"index": 0, "message": said, "finish_reason": finish, "logprobs": None}
-        body = self.head("chat.completion") | {"choices": [choice], "usage": usage_of(message)}
-        return body | self.session(message)
+        return self.head("chat.completion") | {"choices": [choice], "usage": usage_of(message)}
 
 
 def usage_of(message: AIMessageChunk) -> dict[str, Any]:

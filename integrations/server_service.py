@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
@@ -41,7 +42,8 @@ class Service:
         self.config = config
         self.defaults = defaults
         self.desk = desk_of(runtime)
-        self.model = config.served_name or runtime.model.name
+        name = runtime.model.name
+        self.model = config.served_name or (os.path.basename(os.path.abspath(name)) if os.path.isdir(name) else name)
         self.started = int(time.time())
         self.running = 0
         self._stopping = threading.Event()
