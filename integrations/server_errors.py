@@ -103,10 +103,12 @@ def error_of(error: BaseException) -> ApiError:
         return ApiError(error.status_code, str(error.detail), headers=error.headers)
     for kind, status, code in _KINDS:
         if isinstance(error, kind):
-            return ApiError(status, str(error), code=code)
+            # The catalogue's own words name the sessions that there are, which may be others'.
+            lists = isinstance(error, UnknownSession) and "sessions there" in str(error)
+            return ApiError(status, "no such session" if lists else str(error), code=code)
     log.error("a request failed: %s: %s", type(error).__name__, error, exc_info=error)
-    said = str(error) if isinstance(error, InfLLMError) else "something went wrong in the server; its log has the rest"
-    return ApiError(500, said, code="server_error")
+    what = type(error).__name__ if isinstance(error, InfLLMError) else "something unforeseen"
+    return ApiError(500, f"{what}: the server's log has the rest", code="server_error")
 
 
 def body_of(error: ApiError) -> dict[str, Any]:

@@ -60,7 +60,7 @@ class Namespace:
         """As ``session``. Raises UnknownSession if there is none, or it is another's."""
         name = self.session(catalog, id)
         if not self._exists(catalog, name):
-            raise UnknownSession(f"no session {id[:140]!r}")
+            raise UnknownSession(f"no session {id[:140]!r} here")
         return name
 
     def sessions(self, catalog: Catalog) -> Sequence[SessionInfo]:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from infllm_agent.errors import ConfigError
+from infllm_agent.errors import InfLLMError
 from infllm_agent.integrations.request import Form, form_of
 from infllm_agent.integrations.server_errors import bad_request
 from infllm_agent.integrations.turns import Turn, announcing
@@ -158,7 +158,7 @@ def form(
     }
     try:
         return form_of(asked)
-    except ConfigError:
+    except InfLLMError:
         raise
     except ValueError as error:
         raise bad_request(str(error)) from error

@@ -150,6 +150,8 @@ class ResponseRequest(AnswerRequest):
                     turns.append(Turn("assistant", "", calls=(call,)))
             elif not isinstance(item, ReasoningItem):
                 turns.append(item.turn(where))
+        if not turns:
+            raise bad_request("input: there is nothing in it to answer", "input")
         return turns
 
     def form(self) -> Form:

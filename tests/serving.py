@@ -26,11 +26,12 @@ MEMORY = MemoryConfig(
 class Served:
     """A server that runs. ``url`` is its root."""
 
-    def __init__(self, runtime: AgentRuntime, service: Service, port: int) -> None:
+    def __init__(self, runtime: AgentRuntime, service: Service, listening: Any) -> None:
         self.runtime = runtime
         self.service = service
-        self.port = port
-        self.url = f"http://127.0.0.1:{port}"
+        self.socket = listening
+        self.port = listening.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
         self.v1 = f"{self.url}/v1"
         self.model = service.model
 
@@ -47,8 +48,7 @@ def serving(root: Path, model: LocalModel, memory: MemoryConfig | None = MEMORY,
             while not server.started:
                 assert thread.is_alive()
                 time.sleep(0.01)
-            port = server.servers[0].sockets[0].getsockname()[1]
-            yield Served(runtime, application.state.service, port)
+            yield Served(runtime, application.state.service, server.servers[0].sockets[0])
         finally:
             server.should_exit = True
             thread.join(30)
