@@ -26,3 +26,6 @@ class ServerConfig(Settings):
     nameless: int = Field(
         256, ge=1, description="histories that are kept of calls which name no session; the least recently used go"
     )
+    shared: bool = Field(
+        False, description="other servers have the same folder of sessions: what they ask for is given to them"
+    )

@@ -19,6 +19,7 @@ from infllm_agent.catalog import Catalog
 from infllm_agent.config import SamplingConfig
 from infllm_agent.integrations.calls import time_limit
 from infllm_agent.integrations.desk import CancelCheck, desk_of
+from infllm_agent.integrations.handover import Handover
 from infllm_agent.integrations.server_config import ServerConfig
 from infllm_agent.integrations.server_errors import CLIENT_GONE, ApiError, body_of, error_of
 from infllm_agent.integrations.server_keys import Namespace
@@ -47,6 +48,9 @@ class Service:
         self.started = int(time.time())
         self.running = 0
         self._stopping = threading.Event()
+        self.handover = Handover(runtime.root, config.timeout_s) if config.shared else None
+        if self.handover is not None:
+            self.desk.share(runtime, self.handover)
         self.reader = Reader(runtime, self.desk, self._stopping.is_set)
 
     @property
@@ -65,6 +69,8 @@ class Service:
         """``stop``, and commit and close the sessions, once what is under way has ended."""
         self.stop()
         self.reader.close()
+        if self.handover is not None:
+            self.handover.close()
         self.desk.close(self.runtime, lambda: False)
 
     async def stream(
