@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import os
 import signal
 import socket
 import sys
@@ -42,6 +43,12 @@ def serve(
     open_to_all: Annotated[
         bool, typer.Option("--open-to-all", help="Listen beyond this machine, though no key is asked for.")
     ] = False,
+    replicas: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Run so many replicas under Ray Serve, each with a model.", show_default="none, no Ray"
+        ),
+    ] = None,
     trace: Tracing = "off",
     *,
     where: RuntimeOptions,
@@ -63,14 +70,32 @@ def serve(
     allowed = where.allowed(trace=trace, metrics=True)
     from infllm_agent.integrations.server import create_app
     from infllm_agent.integrations.server_gate import LOOPBACK
+
+    hosts = LOOPBACK if known is None and is_loopback(host) else None
+    if replicas is not None:
+        from infllm_agent.integrations.ray_serve import ReplicaSettings, serve_replicas
+
+        settings = ReplicaSettings(
+            os.path.abspath(where.root),
+            where.model,
+            memory,
+            allowed,
+            config,
+            known,
+            defaults,
+            hosts,
+            where.device,
+            where.dtype,
+        )
+        serve_replicas(settings, replicas, host, port)
+        return
     from infllm_agent.model import LocalModel
     from infllm_agent.runtime import AgentRuntime
 
     with listening(host, port) as bound:
         model = LocalModel.load(where.model, device=where.device, dtype=where.dtype, progress=cli_output.note)
-        settings: MemoryConfig | None = model.default_memory().changed(**memory) if memory else None
-        with AgentRuntime(where.root, model, settings, allowed) as runtime:
-            hosts = LOOPBACK if known is None and is_loopback(host) else None
+        sizes: MemoryConfig | None = model.default_memory().changed(**memory) if memory else None
+        with AgentRuntime(where.root, model, sizes, allowed) as runtime:
             run(create_app(runtime, config, known, defaults, hosts=hosts), bound, config.grace_s)
 
 
