@@ -8,7 +8,7 @@ SEED ?= 0
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test crash soak lint types docs bench picture clean
+.PHONY: help venv demo test standard ray crash soak lint types docs bench picture clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -37,6 +37,13 @@ soak: $(STAMP)  ## long runs of threads and of a session that grows; MINUTES=120
 	mkdir -p bench-results
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m survival soak $(ARGS) --minutes $(MINUTES) --seed $(SEED) \
 		--json bench-results/soak.json
+
+standard: $(STAMP)  ## langchain-tests' suites through ChatOpenAI against the server
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/standard_server.py $(ARGS)
+
+ray: $(STAMP)  ## install Ray Serve, and test two replicas
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[ray]"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_ray_serve.py $(ARGS)
 
 lint: $(STAMP)  ## check style and formatting
 	$(BIN)/ruff check .

@@ -27,6 +27,7 @@ from infllm_agent.cli_input import Interrupts, open_input, read_text, split_line
 from infllm_agent.cli_options import AsJson, Log, Memory, Role, RuntimeOptions, Sampling, SessionName, Tracing
 from infllm_agent.cli_options import takes_options as options
 from infllm_agent.cli_output import DONE, Stopped, counted, note, print_json, progress, report, write_piece
+from infllm_agent.cli_serve import serve
 from infllm_agent.cli_sessions import app as sessions
 from infllm_agent.config import MemoryConfig, SamplingConfig, TraceMode
 from infllm_agent.errors import Cancelled
@@ -51,6 +52,7 @@ app = typer.Typer(
 )
 app.add_typer(sessions, name="sessions")
 app.command()(inspect)
+app.command()(serve)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -17,6 +17,7 @@ import typer
 from pydantic.fields import FieldInfo
 
 from infllm_agent.config import MemoryConfig, RuntimeConfig, SamplingConfig, Settings, TraceMode, default_root
+from infllm_agent.integrations.server_config import ServerConfig
 from infllm_agent.logs import LogFormat
 
 Role = Literal["system", "user", "assistant", "observation", "tool"]  # chat.Role, which would load transformers
@@ -104,6 +105,7 @@ Memory = Annotated[
     _Given(MemoryConfig, "Memory (an existing session keeps its own)"),
 ]
 Sampling = Annotated[dict[str, Any], _Given(SamplingConfig, "Sampling")]
+Server = Annotated[dict[str, Any], _Given(ServerConfig, "Server")]
 
 
 def takes_options(function: Callable[..., None]) -> Callable[..., None]:

@@ -92,6 +92,7 @@ def _written(session: Session, request: Request, cancelled: CancelCheck) -> Iter
     form = request.form
     with all_or_nothing(session, cancelled):
         _append(session, request.turns)
+        request.begins(session)
         answer = session.stream_reply(
             tools=form.tools or None,
             tool_choice=form.tool_choice,

@@ -8,6 +8,7 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from os import PathLike
 from typing import Literal, Protocol
 from weakref import WeakKeyDictionary
@@ -22,6 +23,7 @@ from infllm_agent.errors import (
     SessionLocked,
     UnknownSession,
 )
+from infllm_agent.integrations.handover import Handover
 from infllm_agent.integrations.naming import branch_names, family
 from infllm_agent.integrations.tree import Place, PrefixTree, beginnings
 from infllm_agent.integrations.turns import Turn
@@ -49,6 +51,7 @@ class CallLock:
         self.name = name
         self._lock = threading.Lock()  # not re-entrant, and a generator may be closed by another thread
         self._owner: int | None = None
+        self.waiting = 0  # calls
 
     @property
     def held(self) -> bool:
@@ -66,14 +69,18 @@ class CallLock:
         return taken
 
     def take(self, cancelled: CancelCheck) -> None:
-        while not self.take_if_free():
-            if self.held_here:
-                raise SessionBusy(
-                    f'session "{self.name}": this thread still has a stream open on it; finish or close it first'
-                )
-            if cancelled():
-                raise Cancelled(f'session "{self.name}": stopped while waiting for another call')
-            time.sleep(0.01)
+        self.waiting += 1
+        try:
+            while not self.take_if_free():
+                if self.held_here:
+                    raise SessionBusy(
+                        f'session "{self.name}": this thread still has a stream open on it; finish or close it first'
+                    )
+                if cancelled():
+                    raise Cancelled(f'session "{self.name}": stopped while waiting for another call')
+                time.sleep(0.01)
+        finally:
+            self.waiting -= 1
 
     def release(self) -> None:
         self._owner = None
@@ -110,6 +117,19 @@ class Desk:
         self._locks: dict[str, CallLock] = {}
         self._forking: Counter[str] = Counter()  # forks under way, by the source's name
         self._opened: OrderedDict[str, None] = OrderedDict()  # by this desk, latest used last
+        self.handover: Handover | None = None
+
+    def share(self, runtime: AgentRuntime, handover: Handover) -> None:
+        """Exchange sessions with other processes that have the same root."""
+        self.handover = handover
+        handover.start(lambda: list(self._opened), lambda name: self._give_back(runtime, name))
+
+    def _give_back(self, runtime: AgentRuntime, name: str) -> bool:
+        given = self._while_unused(name, runtime.release)
+        if given:
+            with self._mutex:
+                self._opened.pop(name, None)
+        return given
 
     @contextmanager
     def by_name(self, runtime: AgentRuntime, name: str, cancelled: CancelCheck) -> Iterator[Session]:
@@ -214,6 +234,10 @@ class Desk:
             finally:
                 lock.release()
 
+    def waiting(self, name: str) -> bool:
+        """Whether a call waits for the session of that name."""
+        return self._lock_of(name).waiting > 0
+
     @contextmanager
     def _claimed(
         self,
@@ -270,15 +294,17 @@ class Desk:
 
     def _open(self, runtime: AgentRuntime, name: str, source: Place | None, cancelled: CancelCheck) -> Session:
         """The session, with what others appended to it committed: a failing call takes back its own part only."""
-        was_open = runtime.is_open(name)
+        opens = [used for used in (source.name if source else "", name) if used and not runtime.is_open(used)]
+        if self.handover is not None:
+            first = source.name if source else name
+            self.handover.until_free(first, partial(runtime.session, first), cancelled)
         if source is None:
             session = runtime.session(name)
             session.commit()
         else:
             session = runtime.fork(source.name, name, messages=source.messages, cancelled=cancelled)
         with self._mutex:
-            if not was_open:
-                self._opened[name] = None
+            self._opened.update(dict.fromkeys(opens))
             for used in (source.name if source else "", name):
                 if used in self._opened:
                     self._opened.move_to_end(used)

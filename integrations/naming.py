@@ -43,6 +43,11 @@ def session_name(session_id: str) -> str:
     return f"{readable}-{hashlib.sha256(session_id.encode('utf-8', 'replace')).hexdigest()[:16]}"
 
 
+def branch_base(name: str) -> str:
+    """The name of the family's first session, of a branch's name; any other name is its own."""
+    return re.sub(rf"{_BRANCH}$", "", name)
+
+
 def family(root: str | PathLike[str], base: str) -> list[SessionInfo]:
     """The session named ``base`` and its branches, as of their last commits."""
     member = re.compile(rf"{re.escape(base)}({_BRANCH})?")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from langchain_core.utils.function_calling import convert_to_json_schema, conver
 
 from infllm_agent.config import SamplingConfig
 from infllm_agent.integrations.turns import Turn
+from infllm_agent.session import Session
 from infllm_agent.tools import ToolSpec
 
 #: Keywords of a call that say which tools there are and what form the answer has.
@@ -34,11 +35,16 @@ class Form:
 
 @dataclass(frozen=True)
 class Request:
-    """One call of a chat model."""
+    """One call of a chat model.
+
+    Attributes:
+        begins: told of the session, with all that the call brings in it, before the answer begins.
+    """
 
     turns: Sequence[Turn]
     sampling: SamplingConfig
     form: Form = Form()
+    begins: Callable[[Session], None] = lambda session: None
 
 
 def form_of(options: dict[str, Any]) -> Form:

@@ -79,7 +79,13 @@ def history_of(
             asked |= {call["id"]: call["name"] for call in message.tool_calls if call["id"]}
             asked |= {call["id"]: call["name"] or "" for call in message.invalid_tool_calls if call["id"]}
         turns.append(turn)
-    if tools and turns[0].role != "system":
+    return announcing(turns, tools, default_system)
+
+
+def announcing(turns: Sequence[Turn], tools: Sequence[ToolSpec], default_system: Callable[[], str]) -> list[Turn]:
+    """A history whose first message announces the tools, if there are any."""
+    turns = list(turns)
+    if tools and (not turns or turns[0].role != "system"):
         turns.insert(0, Turn("system", default_system()))
     if tools:
         turns[0] = turns[0]._replace(tools=tuple(tools))

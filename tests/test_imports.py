@@ -41,7 +41,17 @@ LAYERS = [
     ["runtime"],
     [
         *["integrations", "bench", "inspector"],
-        *["demo", "cli", "cli_chat", "cli_input", "cli_options", "cli_output", "cli_sessions", "cli_upkeep"],
+        *[
+            "demo",
+            "cli",
+            "cli_chat",
+            "cli_input",
+            "cli_options",
+            "cli_output",
+            "cli_serve",
+            "cli_sessions",
+            "cli_upkeep",
+        ],
         *["chat_commands", "chat_gauge", "chat_live", "chat_prompt", "chat_screen", "transcript"],
     ],
 ]
