@@ -36,11 +36,28 @@ class Asked:
     new_tokens: int
 
 
+class Killer:
+    """Kills, once it is armed, the replica of the stream that gives its first token next."""
+
+    def __init__(self, began: float) -> None:
+        self.began = began
+        self.armed = threading.Event()
+        self.killed_s: float | None = None
+        self._mutex = threading.Lock()
+
+    def first_token(self, replica: str) -> None:
+        with self._mutex:
+            if self.armed.is_set() and self.killed_s is None:
+                self.killed_s = time.monotonic() - self.began
+                os.kill(int(replica.rpartition(":")[2]), signal.SIGKILL)
+
+
 @dataclass
 class Client:
     """A session, and what it was told."""
 
     name: str
+    killer: Killer
     history: list[dict[str, Any]] = field(default_factory=list)
     asked: list[Asked] = field(default_factory=list)
 
@@ -77,7 +94,9 @@ class Client:
                     if line == "data: [DONE]":
                         whole = True
                     elif response.status_code == 200 and line.startswith("data: "):
-                        first_s = first_s or time.monotonic() - sent
+                        if not first_s:
+                            first_s = time.monotonic() - sent
+                            self.killer.first_token(replica)
                         event = json.loads(line[6:])
                         for choice in event.get("choices", ()):
                             text += choice["delta"].get("content") or ""
@@ -109,6 +128,7 @@ def summary(asked: list[Asked], clients: list[Client], killed_s: float | None) -
     found: dict[str, Any] = {
         "requests": len(asked),
         "failed": sum(not request.ok for request in asked),
+        "failed_after_s": [round(request.seconds, 1) for request in asked if not request.ok],
         "affinity": round(sum(a == b for a, b in pairs) / max(1, len(pairs)), 4),
         "first_token": first(asked),
         "requests_s": round(len(asked) / max(request.at + request.seconds for request in asked), 2),
@@ -132,13 +152,15 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--pause", type=float, default=5, help="mean seconds between an answer and the next question")
     parser.add_argument("--tokens", type=int, default=16, help="of each answer, at most")
-    parser.add_argument("--kill-after", type=float, help="seconds after which the replica of an answer is killed")
+    parser.add_argument(
+        "--kill-after", type=float, help="seconds after which a replica is killed, in the middle of a stream"
+    )
     given = parser.parse_args()
-    killed_s = None
     with httpx.Client(base_url=given.url, timeout=120, limits=httpx.Limits(max_connections=None)) as http:
         model = http.get("/models").json()["data"][0]["id"]
-        clients = [Client(f"load-{os.getpid()}-{number}") for number in range(given.sessions)]
         began = time.monotonic()
+        killer = Killer(began)
+        clients = [Client(f"load-{os.getpid()}-{number}", killer) for number in range(given.sessions)]
         threads = [
             threading.Thread(target=c.work, args=(http, model, began, given.seconds, given.pause, given.tokens))
             for c in clients
@@ -147,14 +169,12 @@ def main() -> None:
             thread.start()
         if given.kill_after is not None:
             time.sleep(given.kill_after)
-            victim = next(client.asked[-1].replica for client in clients if client.asked and client.asked[-1].replica)
-            os.kill(int(victim.rpartition(":")[2]), signal.SIGKILL)
-            killed_s = time.monotonic() - began
+            killer.armed.set()
         for thread in threads:
             thread.join()
         asked = sorted((one for client in clients for one in client.asked), key=lambda one: one.at)
         lost = sum(client.lost(http) for client in clients)
-    print(json.dumps(summary(asked, clients, killed_s) | {"lost_messages": lost}, indent=2))
+    print(json.dumps(summary(asked, clients, killer.killed_s) | {"lost_messages": lost}, indent=2))
 
 
 if __name__ == "__main__":

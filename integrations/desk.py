@@ -109,6 +109,9 @@ class Desk:
     """Hands out the sessions of a runtime to calls: to each alone the one that its history continues.
 
     One per runtime, so that all who share a runtime queue for its sessions.
+
+    Attributes:
+        kept_open: of the sessions that calls opened and none uses, so many stay open.
     """
 
     def __init__(self) -> None:
@@ -117,6 +120,7 @@ class Desk:
         self._locks: dict[str, CallLock] = {}
         self._forking: Counter[str] = Counter()  # forks under way, by the source's name
         self._opened: OrderedDict[str, None] = OrderedDict()  # by this desk, latest used last
+        self.kept_open = KEPT_OPEN
         self.handover: Handover | None = None
 
     def share(self, runtime: AgentRuntime, handover: Handover) -> None:
@@ -319,7 +323,7 @@ class Desk:
     def _close_idle(self, runtime: AgentRuntime) -> None:
         """Close what this desk opened and no call has used for longest."""
         with self._mutex:
-            for name in list(self._opened)[: max(0, len(self._opened) - KEPT_OPEN)]:
+            for name in list(self._opened)[: max(0, len(self._opened) - self.kept_open)]:
                 if self._while_unused(name, runtime.release):
                     del self._opened[name]
 

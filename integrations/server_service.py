@@ -43,6 +43,7 @@ class Service:
         self.config = config
         self.defaults = defaults
         self.desk = desk_of(runtime)
+        self.desk.kept_open = config.kept_open
         name = runtime.model.name
         self.model = config.served_name or (os.path.basename(os.path.abspath(name)) if os.path.isdir(name) else name)
         self.started = int(time.time())
