@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections import Counter
 from contextlib import suppress
@@ -58,6 +59,7 @@ def test_open_files_do_not_grow_with_a_session(world: trials.World, tmp_path: Pa
     def files() -> int:
         return len(os.listdir("/proc/self/fd"))
 
+    gc.collect()  # other tests' files are closed now, and not later
     with AgentRuntime(tmp_path, world.model, SETTINGS) as runtime:
         session = runtime.session("a")
         session.append_tool_result("shell", LOG * 10)
@@ -66,10 +68,10 @@ def test_open_files_do_not_grow_with_a_session(world: trials.World, tmp_path: Pa
         session.append_tool_result("shell", LOG * 400)  # several segments
         session.commit()
         assert session.usage["blocks"] > 3 * SEGMENT_BLOCKS
-        assert files() == before
+        assert files() <= before
         runtime.release("a")
         runtime.session("a")
-        assert files() == before
+        assert files() <= before
 
 
 # -- what a session was made with ------------------------------------------------------------------------------------
