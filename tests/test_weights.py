@@ -41,8 +41,9 @@ def test_it_is_the_layer_of_the_rounded_weights(
     assert bool(((widened - layer.weight.double()).abs() <= slack * step).all())
     x = torch.randn(2, rows, inputs).to(layer.weight.dtype)
     for part in (x, x[:1, :1]):
-        expected = part.double() @ widened.T + (0 if layer.bias is None else layer.bias.double())
-        size = part.double().abs() @ widened.abs().T + 1e-3
+        added = torch.zeros(outputs) if layer.bias is None else layer.bias.detach()
+        expected = part.double() @ widened.T + added.double()
+        size = part.double().abs() @ widened.abs().T + added.double().abs() + 1e-3
         assert bool(((rounded(part).double() - expected).abs() <= (0.02 if bfloat16 else 1e-5) * size).all())
 
 
