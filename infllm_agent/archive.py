@@ -17,7 +17,7 @@ import sqlite3
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from os import PathLike
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -74,10 +74,7 @@ class Stored(NamedTuple):
         """The name of the tail; None if nothing is committed."""
         if self.state is None:
             return None
-        name = self.state["tail"]
-        if not TAIL_NAME.fullmatch(name):
-            raise CorruptSession(f"its tail is called {name[:80]!r}")
-        return str(name)
+        return tail_name(self.state)
 
     def blocks(self, folder: Path, *, elsewhere: Path | None = None) -> BlockFiles | None:
         """The files of its blocks, as the tail in ``folder`` says, which is checked; None if nothing is committed."""
@@ -86,6 +83,14 @@ class Stored(NamedTuple):
                 raise CorruptSession("its last generation has chunks or blocks, but no state")
             return None
         return stored_blocks(folder, self.fingerprint, self.head, self.state, elsewhere=elsewhere)
+
+
+def tail_name(state: dict[str, Any]) -> str:
+    """The name of a commit's tail, which says no other folder."""
+    name = state["tail"]
+    if not TAIL_NAME.fullmatch(name):
+        raise CorruptSession(f"its tail is called {name[:80]!r}")
+    return str(name)
 
 
 # -- out ---------------------------------------------------------------------------------------------------------------
@@ -155,20 +160,39 @@ def _copy_commit(folder: Path, private: Path) -> Stored:
     """Copy database and tail, as of one commit, into an empty folder."""
     path, copied = folder / SESSION_DATABASE, private / SESSION_DATABASE
     with storage_errors(path), closing(connect(path, SESSION_SCHEMA, readonly=True)) as db:
-        while True:
-            copied.unlink(missing_ok=True)
+        with _one_commit(db.conn, folder) as tail:
             with closing(sqlite3.connect(copied)) as copy:
                 db.conn.backup(copy)
             with closing(connect(copied, SESSION_SCHEMA, durable=False)) as upgraded:
                 _no_damage(row_damages(upgraded.conn, copied))
                 stored = Stored.of(upgraded.conn)
+            if stored.tail is not None and tail is not None:
+                with open(private / stored.tail, "xb") as file:
+                    shutil.copyfileobj(tail, file, PIECE)
+        return stored
+
+
+@contextmanager
+def _one_commit(conn: sqlite3.Connection, folder: Path) -> Iterator[BinaryIO | None]:
+    """See one commit in ``conn``, and its tail, however many follow: they delete the tail, but not from who reads."""
+    number = -1
+    while True:
+        conn.execute("BEGIN")
+        try:
+            head = read_generation(conn)
+            name = None if head.state is None else tail_name(json.loads(head.state))
             try:
-                if stored.tail is not None:
-                    shutil.copyfile(folder / stored.tail, private / stored.tail)
-                return stored
-            except FileNotFoundError:
-                if read_generation(db.conn).number == stored.head.number:  # else another commit has replaced it
-                    raise CorruptSession(f"{folder / str(stored.tail)}: No such file or directory") from None
+                opened = nullcontext() if name is None else open(folder / name, "rb")  # noqa: SIM115 (closed below)
+            except FileNotFoundError as error:
+                if head.number == number:  # else the next commit has come between
+                    raise CorruptSession(f"{error.filename}: {error.strerror}") from None
+                number = head.number
+                continue
+            with opened as tail:
+                yield tail
+            return
+        finally:
+            conn.execute("ROLLBACK")
 
 
 class _Writer:
