@@ -7,9 +7,10 @@ given to the model's forward reach it, so the memory travels as one. No class is
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
@@ -37,19 +38,26 @@ def _attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     softcap: float | None = None,
-    memory: Memory | None = None,
+    memories: Sequence[Memory] = (),
     between_layers: Callable[[], None] | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: query (1, q_heads, n, head_dim) in, (1, n, q_heads, head_dim) out."""
-    if memory is None:
-        raise ValueError('attn_implementation="infllm" needs a forward with memory=...; use LocalModel.forward')
+    """transformers' attention interface: query (rows, q_heads, n, head_dim) in, (rows, n, q_heads, head_dim) out.
+
+    Each row is of another session, and has its memory.
+    """
+    if len(memories) != len(query):
+        raise ValueError('attn_implementation="infllm" needs a forward with memories=...; use LocalModel.forward')
     if between_layers is not None:
         between_layers()
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     layer: int = cast(Any, module).layer_idx
-    out = memory.attend(layer, query[0].contiguous(), key[0], value[0], scale=scale, softcap=softcap)
-    return out.transpose(0, 1).unsqueeze(0), None
+    rows = [
+        memory.attend(layer, q.contiguous(), k, v, scale=scale, softcap=softcap)
+        for memory, q, k, v in zip(memories, query, key, value, strict=True)
+    ]
+    out = rows[0].unsqueeze(0) if len(rows) == 1 else torch.stack(rows)
+    return out.transpose(1, 2), None
 
 
 def set_attention(model: Any, implementation: str) -> bool:

@@ -200,7 +200,7 @@ class RuntimeConfig(Settings):
     """What an ``AgentRuntime`` allows its live sessions, in seconds, tokens and bytes (``2 << 30`` or ``"2GiB"``); what
     it records of all of them.
 
-    None of it changes a result: a session opens under any of these settings.
+    A session opens under any of these settings, and but for ``batch`` none of them changes a result.
     """
 
     trace: TraceMode = Field(
@@ -224,6 +224,12 @@ class RuntimeConfig(Settings):
     idle_s: float = Field(600.0, ge=0, description="a session that nothing happened to for so long is closed")
     workers: int = Field(
         16, ge=1, description="most sessions that are worked on at once; they share the model in turns"
+    )
+    batch: int = Field(
+        1,
+        ge=1,
+        description="most sessions whose next tokens are computed in one forward; above 1, who else answers meanwhile "
+        "can change the last bits of an answer's logits",
     )
     slice_s: float = Field(
         10.0, ge=0, description="a session that only reads gives its place to others that wait after so long"

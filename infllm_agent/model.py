@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from infllm_agent.attention import ATTENTION, Memory, set_attention
+from infllm_agent.batch import DecodeBatch, Outcome
 from infllm_agent.config import MemoryConfig
 from infllm_agent.errors import ConfigError, ModelNotFound, UnsupportedModel
 from infllm_agent.hub import resolve_model
@@ -50,6 +52,12 @@ class LocalModel:
     eos_ids: frozenset[int] = field(default_factory=frozenset)
     turns: Turns = field(default_factory=Turns)  # one forward at a time
     _digest: str | None = None
+
+    def __post_init__(self) -> None:
+        def turn() -> AbstractContextManager[None]:
+            return self.turns.turn(self, urgency=Urgency.NEXT_TOKEN)
+
+        self._batch = DecodeBatch(turn, self._together)
 
     @classmethod
     def load(
@@ -178,12 +186,18 @@ class LocalModel:
         return self._digest
 
     @torch.inference_mode()
-    def forward(self, token_ids: Sequence[int], memory: Memory, *, urgency: Urgency = Urgency.NOBODY) -> Tensor:
+    def forward(
+        self, token_ids: Sequence[int], memory: Memory, *, urgency: Urgency = Urgency.NOBODY, batch: int = 1
+    ) -> Tensor:
         """Stream one chunk into the memory; returns the logits (vocab,) float32 after its last token.
 
         Args:
             urgency: who waits for it (``Turns``).
+            batch: most memories in a forward, if the chunk is the next token of an answer: it may go with those of
+                other threads. The logits may then differ in their last bits from those computed alone.
         """
+        if batch > 1 and len(token_ids) == 1 and urgency is Urgency.NEXT_TOKEN:
+            return self._batch.step(token_ids[0], memory, batch)
         return self._step(token_ids, memory, last_only=True, urgency=urgency)[-1]
 
     @torch.inference_mode()
@@ -207,20 +221,36 @@ class LocalModel:
         with self.turns.turn(memory, urgency=urgency):
             ids = torch.tensor([list(token_ids)], device=self.device)
             memory.reserve(len(token_ids))
-            logits = self._logits(ids, memory, last_only=last_only)
+            logits = self._logits(ids, [memory], last_only=last_only)[0]
             memory.advance(len(token_ids))
             return logits.float()
 
-    def _logits(self, ids: Tensor, memory: Memory, *, last_only: bool) -> Tensor:
+    def _together(self, token_ids: Sequence[int], memories: Sequence[Memory]) -> list[Outcome]:
+        """One token of each memory in one forward. If that fails each goes alone, and whose fault it was fails."""
+        try:
+            for memory in memories:
+                memory.reserve(1)
+            ids = torch.tensor(token_ids, device=self.device).unsqueeze(1)
+            logits = self._logits(ids, memories, last_only=True)[:, -1].float()
+        except Exception as error:
+            if len(memories) == 1:
+                return [error]
+            return [self._together([token], [memory])[0] for token, memory in zip(token_ids, memories, strict=True)]
+        for memory in memories:
+            memory.advance(1)
+        return list(logits)
+
+    def _logits(self, ids: Tensor, memories: Sequence[Memory], *, last_only: bool) -> Tensor:
+        """Of chunks (rows, n), each of another session: (rows, n or 1, vocab)."""
         out = self.model(
             input_ids=ids,
             position_ids=torch.zeros_like(ids),
             use_cache=False,
             logits_to_keep=1 if last_only else 0,
-            memory=memory,
+            memories=memories,
             between_layers=self.turns.pause,
         )
-        return out.logits[0]  # type: ignore[no-any-return]
+        return out.logits  # type: ignore[no-any-return]
 
     @torch.inference_mode()
     def _check_against_own_attention(self) -> None:
@@ -234,7 +264,7 @@ class LocalModel:
         memory = ContextMemory(config, self.specs, self.dtype, self.device)
         parts = []
         for chunk in (ids[:, :10], ids[:, 10:]):
-            parts.append(self._logits(chunk, memory, last_only=False).float())
+            parts.append(self._logits(chunk, [memory], last_only=False)[0].float())
             memory.advance(chunk.shape[1])
         got = torch.cat(parts)
         error = relative_error(got - got.mean(-1, keepdim=True), expected - expected.mean(-1, keepdim=True))

@@ -367,6 +367,7 @@ class AgentRuntime:
                     observer=self.observer,
                 )
                 session.trace = self.config.trace
+                session.batch = self.config.batch
             except BaseException:
                 store.close()
                 raise

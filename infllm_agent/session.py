@@ -49,6 +49,7 @@ class Session:
         last_reply: the latest answer, since the session was opened.
         observer: told of what happens; the runtime's.
         trace: of which tokens it is recorded what they attend to, from the next answer on.
+        batch: most sessions whose next tokens go through the model together (``RuntimeConfig.batch``).
         read_again: tokens that went through the model when the session was made, because its source could not go back.
     """
 
@@ -83,6 +84,7 @@ class Session:
         self.observer = observer or Observer()
         self.tiers = tiers or (memory.tiers if memory is not None else Tiers(pin=model.device.type == "cuda"))
         self.trace: TraceMode = "sampled"
+        self.batch = 1
         self._lock = threading.RLock()
         self._stream: MessageStream | None = None
         self._broken = False
@@ -410,7 +412,7 @@ class Session:
             raise
         fork.read_again = read_again
         self.observer.forked(name, self.name, read_again)
-        fork.trace = self.trace
+        fork.trace, fork.batch = self.trace, self.batch
         return fork
 
     def export(self, path: str | PathLike[str]) -> None:
@@ -564,7 +566,7 @@ class Session:
                 urgency = self._urgency(left, first or before_answer)
                 # New blocks may have to be written now, to make room.
                 with self.observer.reading(self.memory, len(chunk)), storage_errors(self.store.folder):
-                    logits = self.model.forward(chunk, self.memory, urgency=urgency)
+                    logits = self.model.forward(chunk, self.memory, urgency=urgency, batch=self.batch)
             except BaseException as error:
                 # The past is untouched unless the chunk was being made part of it.
                 self._broken = self.memory.length != start

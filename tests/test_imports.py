@@ -17,7 +17,7 @@ LAYERS = [
     ["kernels"],
     ["planes", "hostcache", "tiers", "blockfile", "blocks", "index", "candidates", "state", "window"],
     ["layers", "memory"],
-    ["hub", "attention", "probe", "scheduler", "weights", "model", "snapshot"],
+    ["hub", "attention", "batch", "probe", "scheduler", "weights", "model", "snapshot"],
     [
         *["trace", "database", "locks", "records", "integrity", "catalog", "store", "tailfile", "fork"],
         *["check", "rebuild", "archive", "prune"],
