@@ -75,8 +75,14 @@ def test_the_command(cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert (row["phases"] is not None) == (row["system"] == "infllm")
     disk = tmp_path / "disk"
     disk.mkdir()
-    again = cli(*command, *OPTIONS, "--no-apart", "--systems", "infllm", "--json", "-", "--disk", str(disk))
-    assert again.json["rows"][1]["random"]
+    again = cli(*command, *OPTIONS, "--no-apart", "--json", "-", "--disk", str(disk), "--batch", "1,3")
+    assert again.json["rows"][2]["random"]
+    batches = [row["batch_tok_s"] for row in again.json["rows"]]
+    assert batches[1] is None
+    assert batches[3] is None
+    for batch in (batches[0], batches[2]):
+        assert list(batch) == ["1", "3"]
+        assert all(speed > 0 for speed in batch.values())
     assert not list(disk.iterdir())
 
 
@@ -96,6 +102,9 @@ def test_rows_in_processes_of_their_own(cli: Any) -> None:
         (["--histories", "many"], '--histories "many": expected numbers'),
         (["--histories", "300,300"], "a history is named twice: 300, 300"),
         (["--random-from", "-1"], "-1"),
+        (["--batch", "0"], "a batch of 0 sessions"),
+        (["--batch", "8,8"], "a batch is named twice: 8, 8"),
+        (["--batch", "all"], '--batch "all": expected numbers'),
         (["--gguf", "/no/such.gguf"], "--gguf /no/such.gguf: there is no such file"),
         (["--gguf", __file__], "name it with --systems"),
         (["--disk", "/no/such"], "--disk /no/such: there is no such folder"),

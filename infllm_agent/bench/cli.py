@@ -131,6 +131,10 @@ def speed(
     apart: Annotated[
         bool, typer.Option(help="A process for each row, so that its peak memory is its own; or one for all.")
     ] = True,
+    batch: Annotated[
+        str | None,
+        typer.Option(help="Numbers of sessions that decode together, with commas.", show_default="not measured"),
+    ] = None,
     model: Model = "smollm2",
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -160,6 +164,7 @@ def speed(
         disk,
         gguf,
         apart,
+        () if batch is None else _numbers("--batch", batch),
     )
     _writable(out)
     if plot is not None:

@@ -16,7 +16,7 @@ from infllm_agent.bench.machine import ceilings, peak_device_mb, peak_rss_mb, re
 from infllm_agent.bench.oplog import generate
 from infllm_agent.bench.speed_cost import shares
 from infllm_agent.bench.speed_phases import Phases
-from infllm_agent.bench.speed_systems import SYSTEMS, Skipped, System
+from infllm_agent.bench.speed_systems import SYSTEMS, Batched, Skipped, System
 from infllm_agent.errors import ConfigError
 from infllm_agent.model import LocalModel
 
@@ -41,6 +41,7 @@ class Plan:
             all are read.
         disk: a folder in which the blocks of such histories lie while they are measured; None: in host memory.
         gguf: the model as llama.cpp reads it.
+        batches: numbers of sessions that decode together, each with the whole history.
         apart: each row in a process of its own, so that its peak memory is its own.
     """
 
@@ -54,17 +55,21 @@ class Plan:
     disk: Path | None = None
     gguf: Path | None = None
     apart: bool = True
+    batches: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for system in self.systems:
             if system not in SYSTEMS:
                 raise ConfigError(f'system "{system}" is not known; there are {", ".join(SYSTEMS)}')
-        for what, values in (("system", self.systems), ("history", self.histories)):
+        for what, values in (("system", self.systems), ("history", self.histories), ("batch", self.batches)):
             if len(set(values)) < len(values):
                 raise ConfigError(f"a {what} is named twice: {', '.join(map(str, values))}")
         for history in self.histories:
             if history < 1:
                 raise ConfigError(f"a history of {history} tokens cannot be measured")
+        for batch in self.batches:
+            if batch < 1:
+                raise ConfigError(f"a batch of {batch} sessions cannot be measured")
         if self.random_from is not None and self.random_from < 1:
             raise ConfigError(f"--random-from {self.random_from}: at least one token is needed")
         if self.gguf is not None and not self.gguf.is_file():
@@ -168,12 +173,18 @@ def measure(plan: Plan, system: str, history: int, ceiling: dict[str, float]) ->
             "prefill_share": None,
             "decode_share": None,
             "phases": None,
+            "batch_tok_s": None,
         }
         cost = subject.cost()
         if cost is not None:
             of_prefill = cost.prefill_flops(before, stretch) / prefill_s
             of_decode = cost.step_bytes(subject.length) / decode_s
             row |= shares(of_prefill, of_decode, ceiling)
+        if plan.batches and isinstance(subject, Batched):
+            row["batch_tok_s"] = {
+                str(batch): round(batch * DECODED_TOKENS / subject.decode_together(batch, token, DECODED_TOKENS), 2)
+                for batch in plan.batches
+            }
         if subject.has_phases:
             row["phases"] = _phases(subject, ids[-PROFILED_TOKENS:])
     return row

@@ -52,6 +52,8 @@ def show(result: dict[str, Any]) -> None:
     console = Console()
     console.print(table)
     profiled = _profiled(result)
+    if any(row["batch_tok_s"] for row in result["rows"]):
+        console.print("", _batches(result["rows"]))
     if profiled:
         console.print("", _phases(profiled))
 
@@ -63,6 +65,17 @@ def draw(result: dict[str, Any], folder: Path) -> list[Path]:
     if profiled:
         written.append(_stacked(profiled, folder / "phases.png"))
     return written
+
+
+def _batches(rows: Sequence[dict[str, Any]]) -> Table:
+    rows = [row for row in rows if row["batch_tok_s"]]
+    sizes = list(rows[0]["batch_tok_s"])
+    table = Table("history", title="tokens/s of sessions that decode together, by their number", **_PLAIN)
+    for size in sizes:
+        table.add_column(size, justify="right")
+    for row in rows:
+        table.add_row(_history(row), *(f"{row['batch_tok_s'][size]:,.1f}" for size in sizes))
+    return table
 
 
 def _phases(rows: Sequence[dict[str, Any]]) -> Table:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
+from itertools import repeat
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from transformers import DynamicCache
@@ -20,7 +23,9 @@ from infllm_agent.blockfile import BlockFiles
 from infllm_agent.config import MemoryConfig, SamplingConfig
 from infllm_agent.errors import InfLLMError
 from infllm_agent.generate import Sampler
+from infllm_agent.memory import ContextMemory
 from infllm_agent.model import LocalModel
+from infllm_agent.scheduler import Urgency
 
 #: Queries for each of which transformers' mask has a few bytes for every key.
 MASK_BYTES = 4 * 1024
@@ -92,6 +97,14 @@ class System(Protocol):
         """What it has to do at the least; None if that is not known."""
 
 
+@runtime_checkable
+class Batched(Protocol):
+    """A system that decodes for several sessions at once."""
+
+    def decode_together(self, batch: int, token: int, steps: int) -> float:
+        """Seconds for ``steps`` tokens of each of so many sessions with this one's history."""
+
+
 class _Local:
     """A transformers model under some attention."""
 
@@ -146,6 +159,25 @@ class Infllm(_Local):
             free, where, instead = shutil.disk_usage(self.folder).free, f"in {self.folder.parent}", ""
         if needed > 0.9 * free:
             raise Skipped(f"its blocks take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB {where} are free{instead}")
+
+    def decode_together(self, batch: int, token: int, steps: int) -> float:
+        memories = [self._context.memory.fork() for _ in range(batch)]
+
+        def decode(memory: ContextMemory, steps: int) -> None:
+            following = token
+            for _ in range(steps):
+                logits = self.model.forward([following], memory, urgency=Urgency.NEXT_TOKEN, batch=batch)
+                following = self._sampler.pick(logits, [])
+
+        with ThreadPoolExecutor(batch) as pool:
+            list(pool.map(decode, memories, repeat(1)))  # brings each session's blocks to the device
+            began = time.perf_counter()
+            list(pool.map(decode, memories, repeat(steps)))
+            self.wait()
+            seconds = time.perf_counter() - began
+        for memory in memories:
+            memory.dismiss()
+        return seconds
 
     def device_mb(self) -> float:
         return round(self._context.memory.bytes() / 1e6, 1)
