@@ -25,6 +25,9 @@ from infllm_agent.integrations.server_config import ServerConfig
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+#: Next tokens of so many sessions share a forward: more tokens a second of all, each a little later.
+DEFAULT_BATCH = 4
+
 
 @options
 def serve(
@@ -49,6 +52,9 @@ def serve(
             min=1, help="Run so many replicas under Ray Serve, each with a model.", show_default="none, no Ray"
         ),
     ] = None,
+    batch: Annotated[
+        int, typer.Option(min=1, help="Most sessions whose next tokens are computed together.")
+    ] = DEFAULT_BATCH,
     trace: Tracing = "off",
     *,
     where: RuntimeOptions,
@@ -67,7 +73,7 @@ def serve(
             "or --open-to-all",
             param_hint="--host",
         )
-    allowed = where.allowed(trace=trace, metrics=True)
+    allowed = where.allowed(trace=trace, metrics=True, batch=batch)
     from infllm_agent.integrations.server import create_app
     from infllm_agent.integrations.server_gate import LOOPBACK
 
