@@ -69,6 +69,13 @@ class Stored(NamedTuple):
         state = None if head.state is None else json.loads(head.state)
         return cls(session, head, json.loads(session.fingerprint), state)
 
+    @classmethod
+    def read(cls, folder: Path) -> Stored:
+        """Of a session's folder. Raises CorruptSession, StorageError."""
+        path = folder / SESSION_DATABASE
+        with storage_errors(path), closing(connect(path, SESSION_SCHEMA, readonly=True)) as db:
+            return cls.of(db.conn)
+
     @property
     def tail(self) -> str | None:
         """The name of the tail; None if nothing is committed."""
@@ -142,7 +149,7 @@ def write_archive(
     with tempfile.TemporaryDirectory(prefix="infllm-agent-") as temporary:
         private = Path(temporary)
         with _own_words(f'session "{name}" is damaged (sessions check says more)', {private: folder}):
-            stored = _copy_commit(folder, private)
+            stored = copy_commit(folder, private)
             blocks = stored.blocks(private, elsewhere=folder)
             files = [] if blocks is None else [(path, size, _inode(path)) for path, size in blocks.files()]
             if blocks is not None:
@@ -156,8 +163,12 @@ def write_archive(
         return archive.finish(stored)
 
 
-def _copy_commit(folder: Path, private: Path) -> Stored:
-    """Copy database and tail, as of one commit, into an empty folder."""
+def copy_commit(folder: Path, private: Path) -> Stored:
+    """Copy database and tail of a session, as of one commit, into an empty folder; another process may write meanwhile.
+
+    Raises:
+        CorruptSession, StorageError.
+    """
     path, copied = folder / SESSION_DATABASE, private / SESSION_DATABASE
     with storage_errors(path), closing(connect(path, SESSION_SCHEMA, readonly=True)) as db:
         with _one_commit(db.conn, folder) as tail:

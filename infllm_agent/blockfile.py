@@ -8,6 +8,8 @@ A block's keys and values are read, and checked, plane by plane when they are ne
 at once when a session is opened. What was committed is never overwritten. What lies past the committed number of blocks
 is a leftover of a crash and is written over.
 
+A session that was fetched from a bucket has its blocks there at first: see ``origin``.
+
 Which files these must be is written elsewhere, in the session's tail, as ``Marks``: a segment in another's place, of
 another session or of another time is found out.
 """
@@ -19,7 +21,7 @@ import json
 import os
 import uuid
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from itertools import groupby
@@ -32,6 +34,7 @@ from torch import Tensor
 
 from infllm_agent.errors import CorruptSession, StorageError
 from infllm_agent.files import share, sync_folder
+from infllm_agent.origin import Origin, Parts
 from infllm_agent.planes import CRC_BYTES, BlockShape, checksum
 from infllm_agent.threads import in_background, in_parallel
 
@@ -71,6 +74,7 @@ class BlockFiles:
         self._ids = [bytes(row.tolist()) for row in marks.ids]
         self._crcs: list[int] = marks.crcs.tolist()
         self._known: set[int] = set()  # segments whose head was read and is right
+        self.origin = Origin.of(folder)  # where blocks are that have not been read yet since they were fetched
         if not len(self._ids) == len(self._crcs) == -(-count // SEGMENT_BLOCKS):
             raise CorruptSession(f"{folder}: the tail names {len(self._ids)} segments, but there are {count} blocks")
 
@@ -135,6 +139,10 @@ class BlockFiles:
             with self._open(segment):  # is it the one?
                 share(segment_path(self.folder, segment), segment_path(folder, segment))
         marks = self.marks
+        if self.origin is not None:
+            ids = [id.hex() for id in self._ids[:full]]
+            parts = {id: self.origin.parts[id] for id in ids if id in self.origin.parts}
+            Origin(self.origin.url, parts=parts).write(folder)
         fork = BlockFiles(folder, self.shape, full * SEGMENT_BLOCKS, Marks(marks.ids[:full], marks.crcs[:full]))
         for first in range(fork.count, count, SEGMENT_BLOCKS):
             blocks = range(first, min(count, first + SEGMENT_BLOCKS))
@@ -176,27 +184,65 @@ class BlockFiles:
         size, place = self.shape.plane_bytes(plane), self.shape.place(plane)
         done = 0
         while done < len(blocks):
-            segment = blocks[done] // SEGMENT_BLOCKS
+            segment, absent = blocks[done] // SEGMENT_BLOCKS, []
             with self._open(segment) as descriptor:
                 while done < len(blocks) and blocks[done] // SEGMENT_BLOCKS == segment:
                     block, data, crc = blocks[done], into[done, :size].data, bytearray(CRC_BYTES)
                     at = self._place(block % SEGMENT_BLOCKS) + place
                     whole = os.preadv(descriptor, [data, crc], at) == size + CRC_BYTES
                     if not whole or checksum(data, block, plane) != crc:
-                        raise self._damage(block, plane)
+                        absent.append(done)
                     done += 1
+            if absent:
+                self._fetch(segment, {blocks[at]: into[at, :size].data for at in absent}, plane)
+
+    def _fetch(self, segment: int, absent: dict[int, memoryview], plane: int) -> None:
+        """Planes that are not in the folder come from the origin, and stay."""
+        if self.origin is None or not self.origin.has(self._ids[segment]):
+            raise self._damage(next(iter(absent)), plane)
+        start, size = self.shape.place(plane), self.shape.plane_bytes(plane)
+        wanted = [(block % SEGMENT_BLOCKS, start, start + size + CRC_BYTES) for block in absent]
+        pieces = self.origin.records(self._ids[segment], wanted, self._row_bytes, self.shape.stride)
+        for (block, into), piece in zip(absent.items(), pieces, strict=True):
+            if checksum(memoryview(piece)[:size], block, plane) != piece[size:]:
+                raise self._damage(block, plane)
+            into[:] = piece[:size]
+        self._keep(segment, [(self._place(w[0]) + w[1], piece) for w, piece in zip(wanted, pieces, strict=True)])
+
+    def _keep(self, segment: int, pieces: Sequence[tuple[int, bytes]]) -> None:
+        """Write what was fetched. If that fails, or is cut off by a crash, it is fetched again."""
+        with suppress(OSError):
+            descriptor = os.open(segment_path(self.folder, segment), os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            try:
+                for place, piece in pieces:
+                    os.pwrite(descriptor, piece, place)
+            finally:
+                os.close(descriptor)
 
     def record(self, block: int) -> Tensor:
         """A whole record (stride,) uint8, checked."""
         record = np.zeros(self.shape.stride, dtype=np.uint8)
         with self._open(block // SEGMENT_BLOCKS) as descriptor:
             os.preadv(descriptor, [record.data], self._place(block % SEGMENT_BLOCKS))
+        if (damaged := self._first_damaged(record, block)) is not None:
+            segment = block // SEGMENT_BLOCKS
+            if self.origin is None or not self.origin.has(self._ids[segment]):
+                raise self._damage(block, damaged)
+            wanted = [(block % SEGMENT_BLOCKS, 0, self.shape.stride)]
+            [piece] = self.origin.records(self._ids[segment], wanted, self._row_bytes, self.shape.stride)
+            record = np.frombuffer(piece.ljust(self.shape.stride, b"\0"), dtype=np.uint8).copy()
+            if (damaged := self._first_damaged(record, block)) is not None:
+                raise self._damage(block, damaged)
+            self._keep(segment, [(self._place(block % SEGMENT_BLOCKS), piece)])
+        return torch.from_numpy(record)
+
+    def _first_damaged(self, record: np.ndarray[tuple[int], np.dtype[np.uint8]], block: int) -> int | None:
         for plane in range(self.shape.planes):
             start = self.shape.place(plane)
             stop = start + self.shape.plane_bytes(plane)
             if checksum(record[start:stop].data, block, plane) != record[stop : stop + CRC_BYTES].tobytes():
-                raise self._damage(block, plane)
-        return torch.from_numpy(record)
+                return plane
+        return None
 
     def keys(self, into: Sequence[Tensor]) -> None:
         """Read the keys that stand for the blocks, in the model's dtype.
@@ -224,9 +270,59 @@ class BlockFiles:
         rows = np.empty((known, self._row_bytes), dtype=np.uint8)
         with self._open(segment) as descriptor:
             got = os.preadv(descriptor, [rows.data.cast("B")], PAGE)
+        if (got < rows.nbytes or zlib.crc32(rows.data) != self._crcs[segment]) and self.origin is not None:
+            fetched = self.origin.keys(self._ids[segment], known, self._row_bytes)
+            rows.reshape(-1)[: len(fetched)] = np.frombuffer(fetched, dtype=np.uint8)
+            self._keep(segment, [(PAGE, fetched)])
+            got = rows.nbytes
         if got < rows.nbytes or zlib.crc32(rows.data) != self._crcs[segment]:
             raise CorruptSession(f"{path}: the keys of its blocks fail their checksum")
         return torch.from_numpy(rows[:count])
+
+    def make_sparse(self) -> None:
+        """In an empty folder: the files as far as they follow from the tail. The rest comes from the origin.
+
+        Raises:
+            OSError.
+        """
+        for segment, (path, size) in enumerate(self.files()):
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                if os.fstat(descriptor).st_size < PAGE:
+                    _write(descriptor, [memoryview(self._head(segment, self._ids[segment]))], 0)
+                if os.fstat(descriptor).st_size < size:
+                    os.ftruncate(descriptor, size)
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+    def parts(self, before: Mapping[str, Parts], id: str) -> dict[str, Parts]:
+        """What parts a bucket needs to have all blocks.
+
+        Args:
+            before: those that it has.
+            id: of the commit with which the others are published.
+        """
+        found: dict[str, Parts] = {}
+        for segment, name in enumerate(row.hex() for row in self._ids):
+            parts, count = before.get(name, ()), min(SEGMENT_BLOCKS, self.count - segment * SEGMENT_BLOCKS)
+            stop = parts[-1][1] if parts else 0
+            found[name] = parts if stop >= count else (*parts, (stop, count, id))
+        return found
+
+    def part(self, segment: int, first: int, stop: int) -> bytes:
+        """The bytes of a part: blocks of one segment.
+
+        Raises:
+            CorruptSession, StorageError.
+        """
+        keys = self._keys(segment, stop)[first:stop]
+        records = [self.record(segment * SEGMENT_BLOCKS + index) for index in range(first, stop)]
+        return b"".join(part.numpy().tobytes() for part in [keys, *records])
+
+    def common(self, other: BlockFiles) -> list[int]:
+        """The segments that are the same ones in another folder."""
+        return [number for number, pair in enumerate(zip(self._ids, other._ids, strict=False)) if pair[0] == pair[1]]
 
     def files(self) -> Iterator[tuple[Path, int]]:
         """The files, each with how many of its first bytes are needed; what is behind them is of no commit."""

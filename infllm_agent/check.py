@@ -30,6 +30,7 @@ from infllm_agent.database import storage_errors
 from infllm_agent.errors import CorruptSession, InfLLMError, SessionLocked, StorageError, UnknownSession
 from infllm_agent.integrity import FOREIGN
 from infllm_agent.locks import LOCK_FILE
+from infllm_agent.origin import ORIGIN_FILE
 from infllm_agent.records import Generation
 from infllm_agent.state import Division, MemoryState, WindowState
 from infllm_agent.store import REBUILT, SessionStore
@@ -191,7 +192,7 @@ def _fits(memory: MemoryState, tensors: dict[str, Tensor], config: MemoryConfig,
     division = Division.of(memory.length, config)
     in_window = memory.length - division.first_window_token(config)
     with_queries = config.block_key == "representatives"
-    held = [tensor for name, tensor in tensors.items() if name.startswith("layer.")]
+    held = [x for name, x in tensors.items() if name.startswith("layer.") and not name.endswith(".candidates")]
     marks = Marks(*(tensors[f"segments.{name}"] for name in Marks._fields))
     layers = list(memory.layers.values())
     heads, dim = layers[0].window.k.shape[0], layers[0].window.k.shape[2]
@@ -201,9 +202,18 @@ def _fits(memory: MemoryState, tensors: dict[str, Tensor], config: MemoryConfig,
         and (marks.ids.dtype, marks.crcs.dtype, marks.ids.shape[1:]) == (torch.uint8, torch.int64, (ID_BYTES,))
         and all(layer.sinks.shape == (2, heads, division.sinks, dim) for layer in layers)
         and all(_has(layer.window, (heads, in_window, dim), with_queries) for layer in layers)
+        and all(_are_blocks(layer.candidates, division.blocks) for layer in layers if layer.candidates is not None)
         and all(_has(window, tuple(window.k.shape), False) for window in memory.sliding.values())
         and all(window.k.shape[1] <= memory.length for window in memory.sliding.values())
     )
+
+
+def _are_blocks(candidates: Tensor, count: int) -> bool:
+    """Whether they are numbers of blocks, ascending."""
+    if candidates.dtype != torch.int32 or candidates.dim() != 1:
+        return False
+    numbers = candidates.tolist()
+    return all(0 <= a < b for a, b in zip(numbers, [*numbers[1:], count], strict=True))
 
 
 def _has(window: WindowState, shape: tuple[int, ...], with_queries: bool) -> bool:
@@ -257,7 +267,7 @@ def _check_locked(store: SessionStore, checked: Checked, repair: bool) -> BlockF
     if damaged:  # what it refers to is not to be relied on
         return None
     head, blocks = _committed_blocks(store, checked)
-    known = {LOCK_FILE, *_DATABASE, (store.state or {}).get("tail")}
+    known = {LOCK_FILE, ORIGIN_FILE, f"{ORIGIN_FILE}.new", *_DATABASE, (store.state or {}).get("tail")}
     if blocks is not None:
         known |= {path.name for path, _ in blocks.files()}
     elif head.blocks:  # which they must be is told by the tail

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from infllm_agent.agent import arun_agent, astream_agent, run_agent, stream_agent
 from infllm_agent.agent_events import AgentEvent, AgentRun
 from infllm_agent.archive import import_session
+from infllm_agent.bucket import Bucket
 from infllm_agent.catalog import Catalog, SessionInfo, check_name
 from infllm_agent.chat import ChatFormat
 from infllm_agent.config import MemoryConfig, RuntimeConfig
@@ -50,6 +51,7 @@ class AgentRuntime:
         model: LocalModel,
         memory: MemoryConfig | None = None,
         config: RuntimeConfig | None = None,
+        bucket: Bucket | str | None = None,
     ) -> None:
         """Use ``open`` unless the model is loaded already.
 
@@ -57,10 +59,13 @@ class AgentRuntime:
             memory: for new sessions, and required of old ones; None takes the default for new sessions and what each
                 old one was made with.
             config: what live sessions are allowed; what is recorded of answers; whether there are metrics.
+            bucket: where every commit is published, and sessions are fetched from that are not here or were continued
+                elsewhere; a ``Bucket`` or its URL.
 
         Raises:
             ConfigError.
         """
+        self.bucket = Bucket(bucket) if isinstance(bucket, str) else bucket
         self.root = root
         self.model = model
         self.memory = memory
@@ -92,6 +97,7 @@ class AgentRuntime:
         memory: MemoryConfig | None = None,
         config: RuntimeConfig | None = None,
         *,
+        bucket: Bucket | str | None = None,
         device: str = "auto",
         dtype: str = "auto",
         progress: Callable[[str], None] | None = None,
@@ -105,7 +111,8 @@ class AgentRuntime:
         Raises:
             ModelNotFound, UnsupportedModel, ConfigError.
         """
-        return cls(root, LocalModel.load(str(model), device=device, dtype=dtype, progress=progress), memory, config)
+        loaded = LocalModel.load(str(model), device=device, dtype=dtype, progress=progress)
+        return cls(root, loaded, memory, config, bucket)
 
     def session(self, name: str) -> Session:
         """The session by that name, created or resumed.
@@ -158,6 +165,7 @@ class AgentRuntime:
             original = self.session(source)
         try:
             fork = original.fork(name, messages, cancelled=cancelled)  # without the lock: other sessions go on
+            self._set_up(fork)
             with self._lock:
                 self._sessions[name] = fork
                 self._held.add(name)
@@ -237,6 +245,26 @@ class AgentRuntime:
         config = self.memory or MemoryConfig.from_record(stored["memory"])
         check_fingerprint(name, stored, fingerprint(self.model, self.chat, config))
         return config
+
+    def refresh(self, name: str) -> None:
+        """With a bucket: have a session as it was last published, if another machine has gone on with it. Not while
+        anybody works with it here.
+
+        Raises:
+            Diverged: it has commits that were never published.
+            StorageError, CorruptSession.
+        """
+        if self.bucket is None:
+            return
+        with self._lock:
+            if self.bucket.is_current(self.root, name):
+                return
+            self.drop(name)
+            self.bucket.pull(self.root, name)
+
+    def is_taken(self, name: str) -> bool:
+        """Whether a new session cannot have a name because one in the bucket has it."""
+        return self.bucket is not None and self.bucket.last(name) is not None
 
     def is_open(self, name: str) -> bool:
         """Whether this runtime has the session open."""
@@ -354,6 +382,8 @@ class AgentRuntime:
             self.drop(name)  # with it its memory
         config = self.memory or self.model.default_memory()
         with self.observer.watching(name):
+            if self.bucket is not None:
+                self.bucket.pull(self.root, name)
             store = SessionStore.open_or_create(self.root, name, fingerprint(self.model, self.chat, config))
             try:
                 config = self.check(name, store.fingerprint)
@@ -366,13 +396,26 @@ class AgentRuntime:
                     resume_message=resume_message,
                     observer=self.observer,
                 )
-                session.trace = self.config.trace
-                session.batch = self.config.batch
+                self._set_up(session)
             except BaseException:
                 store.close()
                 raise
         self._sessions[name] = session
         return session
+
+    def _set_up(self, session: Session) -> None:
+        session.trace = self.config.trace
+        session.batch = self.config.batch
+        if (bucket := self.bucket) is not None:
+            published = -1
+
+            def publish() -> None:
+                nonlocal published
+                if (generation := session.store.generation) != published:
+                    bucket.publish(self.root, session.name)
+                    published = generation
+
+            session.after_commit = publish
 
     def _check_budgets(self) -> None:
         device, host = self.tiers.device_budget, self.tiers.host_budget
@@ -394,6 +437,8 @@ class AgentRuntime:
     def _delete(self, name: str) -> None:
         with self._lock:
             self.drop(name)
+            if self.bucket is not None:
+                self.bucket.delete_with(self.root, name)
             Catalog(self.root).delete(name)
 
 

@@ -50,6 +50,7 @@ class Session:
         observer: told of what happens; the runtime's.
         trace: of which tokens it is recorded what they attend to, from the next answer on.
         batch: most sessions whose next tokens go through the model together (``RuntimeConfig.batch``).
+        after_commit: called by ``commit`` at its end, also when there was nothing to commit.
         read_again: tokens that went through the model when the session was made, because its source could not go back.
     """
 
@@ -85,6 +86,7 @@ class Session:
         self.tiers = tiers or (memory.tiers if memory is not None else Tiers(pin=model.device.type == "cuda"))
         self.trace: TraceMode = "sampled"
         self.batch = 1
+        self.after_commit: Callable[[], None] = lambda: None
         self._lock = threading.RLock()
         self._stream: MessageStream | None = None
         self._broken = False
@@ -319,13 +321,16 @@ class Session:
 
         Raises:
             SessionBusy: a reply is being generated.
-            StorageError: the disk is full or cannot be written; the generation before is still whole.
+            StorageError: the disk is full or cannot be written; the generation before is still whole. Or the bucket
+                cannot be written: then it is committed here, and the next commit publishes it.
+            Diverged: another machine has published the session meanwhile (``Bucket``).
             BudgetExceeded: it does not fit under ``disk_budget``; likewise.
         """
         with self._working(), self.observer.watching(self.name), storage_errors(self.store.folder):
             began = time.perf_counter()
             self._not_generating()
             if not self._new_ids and not self._new_chunks and self._stream is None and self.store.generation:
+                self.after_commit()
                 return self.store.generation
             state = self.store.state
             if state is None or self._new_chunks:  # else the memory is what it was, and only the log is longer
@@ -348,6 +353,7 @@ class Session:
             self._committed_now()
             remove_other_tails(self.store.folder, keep=state["tail"])
             self.observer.committed(self.name, generation, self.token_count, time.perf_counter() - began)
+            self.after_commit()
             return generation
 
     def rollback(self) -> None:

@@ -141,6 +141,7 @@ class Desk:
         lock = self._lock_of(name)
         lock.take(cancelled)
         try:
+            runtime.refresh(name)
             yield self._open(runtime, name, None, cancelled)
         finally:
             lock.release()
@@ -169,6 +170,7 @@ class Desk:
         """
         history = beginnings(turns)
         unusable: set[str] = set()
+        self._while_unused(base, runtime.refresh)  # while it is used here, nobody else goes on with it
         while True:
             with self._claimed(runtime, base, history, unusable, on_divergence, cancelled) as (name, source, made):
                 try:
@@ -293,7 +295,11 @@ class Desk:
         if on_divergence != "branch" and diverged:
             _say_diverged(places[0], len(history) - 1, on_divergence)
         taken = unusable.union(info.name for info in sessions)
-        name = next(name for name in branch_names(base) if name not in taken and not self._lock_of(name).held)
+        name = next(
+            name
+            for name in branch_names(base)
+            if name not in taken and not self._lock_of(name).held and not runtime.is_taken(name)
+        )
         return name, places[0] if places and places[0].messages else None, True
 
     def _open(self, runtime: AgentRuntime, name: str, source: Place | None, cancelled: CancelCheck) -> Session:

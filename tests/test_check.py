@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +37,16 @@ from upkeep import (
     talk,
 )
 
-from infllm_agent import AgentRuntime
+from infllm_agent import AgentRuntime, snapshot
 from infllm_agent.blockfile import SEGMENT_BLOCKS
 from infllm_agent.catalog import Catalog
 from infllm_agent.check import Checked, Cure, check
+from infllm_agent.config import MemoryConfig
 from infllm_agent.errors import Cancelled, CorruptSession, SessionLocked, SessionMismatch
 from infllm_agent.model import LocalModel
 from infllm_agent.records import checksum
 from infllm_agent.store import SessionStore
+from infllm_agent.tailfile import write_tail
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -513,3 +516,40 @@ def test_the_command(cli: Cli) -> None:
     assert cli("sessions", "check", "a/b").code == 2
     with SessionStore.open(cli.root, "ops"):
         assert cli("sessions", "check").out.startswith("ops: ok (not locked, as another process has it open")
+
+
+@pytest.mark.parametrize("damage", [None, [5, 4], [10**6], [-1, 3]])
+def test_a_session_that_has_just_answered(tmp_path: Path, tiny_model: LocalModel, damage: list[int] | None) -> None:
+    """Its tail has the candidates among which the next token would choose."""
+    config = MemoryConfig(n_init=4, n_local=32, block_size=8, topk=4, candidates=8, chunk_size=32, max_cached_block=8)
+    with AgentRuntime(tmp_path, tiny_model, config) as runtime:
+        session = runtime.session("ops")
+        for _ in range(20):
+            session.append_tool_result("shell", "error 404 at 12:30, retry in 5 s\n")
+        session.append_user("What was the error?")
+        kept = 0
+        for tokens in (3, 5):
+            session.reply(max_tokens=tokens)
+            session.commit()
+            held = [layer.candidates for layer in session.memory.state().layers.values()]
+            kept += sum(candidates is not None for candidates in held)
+            assert all(one.ok for one in check(tmp_path))
+        assert kept  # of the two lengths one at least is such
+        folder = session.store.folder
+        if damage is not None:
+            state = session.memory.state()
+            layers = {
+                number: layer._replace(candidates=torch.tensor(damage, dtype=torch.int32))
+                for number, layer in state.layers.items()
+            }
+            tensors, record = snapshot.pack(replace(state, layers=layers), config, session.memory.store.files.marks)
+            name, crc = write_tail(folder, tensors)
+            session.store.commit(
+                messages=(),
+                token_ids=(),
+                chunks=(),
+                state={"memory": record, "tail": name, "tail_crc": crc},
+                bytes_on_disk=0,
+                blocks=session.memory.store.count,
+            )
+            assert "holds other tensors" in problems(list(check(tmp_path)))[0][0]

@@ -15,12 +15,12 @@ PACKAGE = Path(__file__).parent.parent / "infllm_agent"
 LAYERS = [
     ["errors", "config", "tools", "threads", "signals", "logs", "files"],
     ["kernels"],
-    ["planes", "hostcache", "tiers", "blockfile", "blocks", "index", "candidates", "state", "window"],
+    ["origin", "planes", "hostcache", "tiers", "blockfile", "blocks", "index", "candidates", "state", "window"],
     ["layers", "memory"],
     ["hub", "attention", "batch", "probe", "scheduler", "weights", "model", "snapshot"],
     [
         *["trace", "database", "locks", "records", "integrity", "catalog", "store", "tailfile", "fork"],
-        *["check", "rebuild", "archive", "prune"],
+        *["check", "rebuild", "archive", "prune", "bucket"],
     ],
     [
         "chat",
