@@ -24,7 +24,13 @@ except ImportError as error:
 from starlette.responses import PlainTextResponse, Response
 
 from infllm_agent.config import SamplingConfig
-from infllm_agent.integrations import server_chat, server_errors, server_responses, server_sessions
+from infllm_agent.integrations import (
+    server_chat,
+    server_errors,
+    server_recall,
+    server_responses,
+    server_sessions,
+)
 from infllm_agent.integrations.server_config import ServerConfig
 from infllm_agent.integrations.server_errors import ApiError
 from infllm_agent.integrations.server_gate import Gate
@@ -67,7 +73,7 @@ def create_app(
     )
     app.state.service = service
     server_errors.install(app)
-    for router in (server_chat.router, server_responses.router, server_sessions.router):
+    for router in (server_chat.router, server_responses.router, server_recall.router, server_sessions.router):
         app.include_router(router)
     app.add_api_route("/healthz", healthz, methods=["GET"], responses=ERRORS)
     app.add_api_route("/metrics", metrics, methods=["GET"], response_class=PlainTextResponse, responses=ERRORS)

@@ -159,7 +159,9 @@ async def delete_session(session: str, request: Request, service: TheService, ca
 
     def delete(cancelled: CancelCheck) -> list[str]:
         name = caller.existing(service.catalog, session)
-        return service.desk.delete(service.runtime, name, cancelled)
+        deleted = service.desk.delete(service.runtime, name, cancelled)
+        service.responses.sweep(service.session_ids)
+        return deleted
 
     gone = [caller.own(name) for name in await service.do(request, delete)]
     return JsonResponse({"object": "session.deleted", "deleted": gone})
