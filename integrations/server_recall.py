@@ -64,7 +64,7 @@ async def show_response(
 async def delete_response(response_id: str, request: Request, service: TheService, caller: Caller) -> Response:
     """Keep a response no longer. Its history stays, in its session, until that is deleted."""
 
-    def delete(_: CancelCheck) -> None:
+    def delete(cancelled: CancelCheck) -> None:
         _, key, _ = kept_response(service, caller, response_id, "response_id")
         service.responses.forget(key)
 
@@ -84,7 +84,7 @@ async def list_input_items(
 ) -> Response:
     """What the response answered: the whole history before it, the latest first."""
 
-    def read(_: CancelCheck) -> dict[str, Any]:
+    def read(cancelled: CancelCheck) -> dict[str, Any]:
         info, key, _ = kept_response(service, caller, response_id, "response_id")
         start, stop = 0, key.messages - 1
         if after:

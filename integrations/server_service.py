@@ -24,6 +24,7 @@ from infllm_agent.integrations.server_config import ServerConfig
 from infllm_agent.integrations.server_errors import CLIENT_GONE, ApiError, body_of, error_of
 from infllm_agent.integrations.server_kept import KeptResponses, Key
 from infllm_agent.integrations.server_keys import Namespace
+from infllm_agent.integrations.server_metrics import RequestMetrics
 from infllm_agent.integrations.server_reader import Reader
 from infllm_agent.runtime import AgentRuntime
 from infllm_agent.threads import from_thread
@@ -49,6 +50,7 @@ class Service:
         self.model = config.served_name or (os.path.basename(os.path.abspath(name)) if os.path.isdir(name) else name)
         self.started = int(time.time())
         self.running = 0
+        self.requests: RequestMetrics | None = None
         self._stopping = threading.Event()
         self.handover = Handover(runtime.root, config.timeout_s) if config.shared else None
         if self.handover is not None:
