@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Collection
@@ -16,7 +17,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from infllm_agent.database import storage_errors
+from infllm_agent.errors import StorageError
 from infllm_agent.files import sync_folder
+
+_SESSION = re.compile("[0-9a-f]{32}")
 
 
 class Key(NamedTuple):
@@ -67,7 +71,8 @@ class KeptResponses:
         """As it was given; None if it is not kept. Raises StorageError."""
         path = self._path(key)
         with storage_errors(path), suppress(FileNotFoundError):
-            return dict(json.loads(path.read_bytes()))
+            with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
+                return dict(json.loads(file.read()))
         return None
 
     def forget(self, key: Key) -> bool:
@@ -80,15 +85,25 @@ class KeptResponses:
         return False
 
     def sweep(self, living: Callable[[], Collection[str]]) -> None:
-        """Forget the responses of sessions that are no more."""
-        try:
-            found = os.listdir(self._folder)  # before the sessions: each folder here is younger than its session
-        except FileNotFoundError:
+        """Forget the responses of sessions that are no more. Raises StorageError."""
+        if not self._folder.is_dir():
             return
+        self._refuse_links(self._folder)
+        # Before the sessions: each folder here is younger than its session.
+        with storage_errors(self._folder):
+            found = [name for name in os.listdir(self._folder) if _SESSION.fullmatch(name)]
         ids = living() if found else ()
         for id in found:
             if id not in ids:
                 shutil.rmtree(self._folder / id, ignore_errors=True)
 
     def _path(self, key: Key) -> Path:
-        return self._folder / key.session / f"{key.messages}.json"
+        folder = self._folder / key.session
+        self._refuse_links(self._folder, folder)
+        return folder / f"{key.messages}.json"
+
+    @staticmethod
+    def _refuse_links(*folders: Path) -> None:
+        for folder in folders:
+            if folder.is_symlink():
+                raise StorageError(f"{folder}: refused, because it is a symbolic link")

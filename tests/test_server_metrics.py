@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -118,3 +119,6 @@ def test_the_example_of_a_stateless_client_runs(tmp_path: Path, tiny_model: Loca
     assert costs[0][0] == costs[0][1]  # the first reads all
     for (_, first), (tokens, read) in zip(costs[:1] * 2, costs[1:], strict=True):
         assert read < tokens - first / 2  # the others what is new
+    cached = re.search(r"'cache_read': (\d+)", lines[-1])  # LangChain's goes on where OpenAI's client began
+    assert cached is not None
+    assert int(cached[1]) > 0

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -11,7 +13,9 @@ import openai
 import pytest
 from serving import Served, serving
 
+from infllm_agent.errors import StorageError
 from infllm_agent.integrations.server_config import ServerConfig
+from infllm_agent.integrations.server_kept import KeptResponses, Key
 from infllm_agent.integrations.server_keys import ApiKeys
 from infllm_agent.model import LocalModel
 
@@ -145,3 +149,55 @@ def test_responses_of_others_are_not_found(tmp_path, tiny_model):
             with pytest.raises(openai.NotFoundError):
                 call(given.id)
         assert ada.responses.retrieve(given.id) == everything.responses.retrieve(given.id) == given
+
+
+def test_links_in_the_folder_of_responses_are_refused(tmp_path):
+    """None is followed, to read or to delete."""
+    elsewhere, session = tmp_path / "elsewhere", "0" * 32
+    (elsewhere / session).mkdir(parents=True)
+    (elsewhere / session / "2.json").write_text("{}")
+    key = Key(session, 2)
+    for number, make in enumerate(
+        (
+            lambda root: (root / "responses").symlink_to(elsewhere),
+            lambda root: ((root / "responses").mkdir(), (root / "responses" / session).symlink_to(elsewhere / session)),
+            lambda root: (
+                (root / "responses" / session).mkdir(parents=True),
+                (root / "responses" / session / "2.json").symlink_to(elsewhere / session / "2.json"),
+            ),
+        )
+    ):
+        root = tmp_path / str(number)
+        root.mkdir()
+        make(root)
+        kept = KeptResponses(root)
+        with pytest.raises(StorageError):
+            kept.find(key)
+        with suppress(StorageError):
+            kept.sweep(set)
+        assert (elsewhere / session / "2.json").exists()
+
+
+def test_what_is_kept_is_whole_or_not_there(tmp_path, monkeypatch):
+    kept, key = KeptResponses(tmp_path), Key("1" * 32, 2)
+    kept.keep(key, {"n": 1}, lambda: {key.session})
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", raise_no_space)
+        with pytest.raises(StorageError):
+            kept.keep(key, {"n": 2}, lambda: {key.session})
+    assert kept.find(key) == {"n": 1}
+    assert os.listdir(tmp_path / "responses" / key.session) == ["2.json"]
+    assert (tmp_path / "responses" / key.session / "2.json").stat().st_mode & 0o077 == 0
+
+
+def raise_no_space(*_: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_is_told(served, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("infllm_agent.integrations.server_kept.sync_folder", raise_no_space)
+        body = {"model": served.model, "input": "full?", "max_output_tokens": 4}
+        answer = httpx.post(f"{served.v1}/responses", json=body)
+    assert answer.status_code == 507
+    assert answer.json()["error"]["code"] == "insufficient_storage"
