@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, nullcontext, suppress
 from os import PathLike
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 from infllm_agent.blockfile import BlockFiles
 from infllm_agent.catalog import SESSION_DATABASE, Catalog, SessionExists, SessionInfo, check_name
@@ -53,6 +53,14 @@ _FOLDER = re.compile(r"infllm-session-(\d+)/")
 _STATE = ("memory", "tail", "tail_crc", "arriving")  # what a commit's state says that lasts
 
 Progress = Callable[[int], None]
+
+
+class Readable(Protocol):
+    """What an archive is read from."""
+
+    def read(self, size: int, /) -> bytes:
+        """At most so many bytes; none at the end."""
+        ...
 
 
 class Stored(NamedTuple):
@@ -295,13 +303,13 @@ def import_session(
 
 def read_archive(
     root: str | PathLike[str],
-    file: BinaryIO,
+    file: Readable,
     name: str | None = None,
     *,
     origin: str = "the archive",
     progress: Progress = lambda size: None,
 ) -> SessionInfo:
-    """As ``import_session``, from an open file or pipe. ``origin`` is what errors call it."""
+    """As ``import_session``, from an open file or pipe, or whatever reads as one. ``origin`` is what errors call it."""
     catalog = Catalog(root)
     _check_free(catalog, name)
     with catalog.staging() as staged, _own_words(f"{origin}: refused", {staged: Path()}):
@@ -372,7 +380,7 @@ def _write_commit(folder: Path, stored: Stored, name: str) -> None:
 class _Reader:
     """A tar archive that is read, member by member as they are expected."""
 
-    def __init__(self, file: BinaryIO, progress: Progress) -> None:
+    def __init__(self, file: Readable, progress: Progress) -> None:
         self._file = file
         self._progress = progress
         self._members: list[dict[str, Any]] = []

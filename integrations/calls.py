@@ -71,14 +71,21 @@ def _answer(session: Session, request: Request, cancelled: CancelCheck) -> Itera
         yield from _written(session, request, cancelled)
 
 
+def is_full(error: BaseException) -> bool:
+    """Whether an error says that a budget or the disk is full."""
+    cause = error.__cause__
+    no_space = getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    return (
+        isinstance(error, BudgetExceeded) or no_space or getattr(cause, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
+    )
+
+
 @contextmanager
 def _told_when_full(session: Session) -> Iterator[None]:
     try:
         yield
     except (BudgetExceeded, StorageError) as error:
-        cause = error.__cause__
-        full = isinstance(error, BudgetExceeded) or getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-        if not full and getattr(cause, "sqlite_errorcode", None) != sqlite3.SQLITE_FULL:
+        if not is_full(error):
             raise
         raise SessionFull(
             f'session "{session.name}" of {session.store.token_count} tokens cannot grow: {error}; make room, or '

@@ -38,6 +38,8 @@ CancelCheck = Callable[[], bool]
 OnDivergence = Literal["branch", "warn", "error"]
 #: Sessions that calls opened and none uses: so many stay open, each with its windows and cached blocks.
 KEPT_OPEN = 4
+#: Seconds in which another process gives back a session that is to be deleted, unless a call uses it.
+DELETE_S = 5.0
 
 
 class DivergedHistory(InfLLMError, ValueError):
@@ -136,13 +138,28 @@ class Desk:
         return given
 
     @contextmanager
-    def by_name(self, runtime: AgentRuntime, name: str, cancelled: CancelCheck) -> Iterator[Session]:
-        """The session of that name, for one call."""
+    def by_name(
+        self, runtime: AgentRuntime, name: str, cancelled: CancelCheck, *, make: bool = True
+    ) -> Iterator[Session]:
+        """The session of that name, for one call. If there is none, it is made; and deleted again, if the block fails
+        and leaves it empty.
+
+        Raises:
+            UnknownSession: there is none, and ``make`` is False.
+        """
         lock = self._lock_of(name)
         lock.take(cancelled)
         try:
             runtime.refresh(name)
-            yield self._open(runtime, name, None, cancelled)
+            made = not runtime.is_open(name) and Catalog(runtime.root).find(name) is None
+            if made and not make:
+                raise UnknownSession(f"no session {name!r} here")
+            try:
+                yield self._open(runtime, name, None, cancelled)
+            except BaseException:
+                if made:
+                    self._delete_if_empty(runtime, name)
+                raise
         finally:
             lock.release()
             self._close_idle(runtime)
@@ -184,6 +201,10 @@ class Desk:
                     if made:
                         unusable.add(name)  # there by now, or in a folder that cannot be read
                     continue
+                except BaseException:
+                    if made:
+                        self._delete_if_empty(runtime, name)
+                    raise
                 # The call that was waited for may have gone on with it, or the catalogue be behind.
                 digests = self.tree.note(session)
                 known = len(digests) - 1
@@ -214,13 +235,23 @@ class Desk:
         return deleted
 
     def delete(self, sessions: Sessions, base: str, cancelled: CancelCheck) -> list[str]:
-        """Delete ``base`` and its branches, once the calls that use them are done; the names of those there were."""
+        """Delete ``base`` and its branches, once the calls that use them are done; the names of those there were.
+
+        One that another process has open is asked for, as for a call.
+
+        Raises:
+            SessionLocked: a call of another process uses it, or that process does not share.
+        """
         deleted = []
         for info in family(sessions.root, base):
             lock = self._lock_of(info.name)
             lock.take(cancelled)
             try:
-                sessions.delete(info.name)
+                delete = partial(sessions.delete, info.name)
+                if self.handover is None:
+                    delete()
+                else:
+                    self.handover.until_free(info.name, delete, cancelled, patience_s=DELETE_S)
             finally:
                 lock.release()
             self.tree.forget(info.id)
@@ -241,8 +272,8 @@ class Desk:
                 lock.release()
 
     def waiting(self, name: str) -> bool:
-        """Whether a call waits for the session of that name."""
-        return self._lock_of(name).waiting > 0
+        """Whether a call waits for the session of that name, here or in another process."""
+        return self._lock_of(name).waiting > 0 or (self.handover is not None and self.handover.wanted(name))
 
     @contextmanager
     def _claimed(
@@ -325,6 +356,18 @@ class Desk:
             runtime.delete(session.name)
             self.tree.forget(session.store.id)
             self._opened.pop(session.name, None)
+
+    def _delete_if_empty(self, runtime: AgentRuntime, name: str) -> None:
+        """Undo the making of a session that a failed call has left without a message."""
+        with suppress(InfLLMError):
+            if runtime.is_open(name):
+                session = runtime.session(name)
+                empty = not session.message_count and session.open_message is None
+            else:
+                empty = any(info.name == name and not info.messages for info in Catalog(runtime.root).list())
+            if empty:
+                runtime.delete(name)
+                self._opened.pop(name, None)
 
     def _close_idle(self, runtime: AgentRuntime) -> None:
         """Close what this desk opened and no call has used for longest."""

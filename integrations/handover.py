@@ -39,14 +39,19 @@ class Handover:
         self._ended = threading.Event()
         self._keeper: threading.Thread | None = None
 
-    def until_free(self, name: str, open: Callable[[], object], cancelled: Callable[[], bool]) -> None:
-        """``open`` a session, which raises SessionLocked as long as another process has it.
+    def until_free(
+        self, name: str, open: Callable[[], object], cancelled: Callable[[], bool], patience_s: float | None = None
+    ) -> None:
+        """``open`` a session, or delete it, which raises SessionLocked as long as another process has it.
+
+        Args:
+            patience_s: None: as long as for any.
 
         Raises:
             SessionLocked: it has not been given back within ``patience_s``.
             Cancelled.
         """
-        end = time.monotonic() + self.patience_s
+        end = time.monotonic() + (self.patience_s if patience_s is None else patience_s)
         wish = self._folder / self._file(name)
         try:
             while True:

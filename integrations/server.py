@@ -9,6 +9,7 @@ only what is new goes through the model.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -18,22 +19,39 @@ from infllm_agent.errors import ConfigError
 
 try:
     from fastapi import Depends, FastAPI
+    from fastapi.routing import APIRoute
     from fastapi.security import HTTPBearer
 except ImportError as error:
     raise ConfigError('the server needs FastAPI: pip install "infllm-agent[server]"') from error
 from starlette.responses import PlainTextResponse, Response
 
 from infllm_agent.config import SamplingConfig
-from infllm_agent.integrations import server_chat, server_errors, server_responses, server_sessions
+from infllm_agent.integrations import (
+    server_chat,
+    server_errors,
+    server_import,
+    server_recall,
+    server_responses,
+    server_sessions,
+)
 from infllm_agent.integrations.server_config import ServerConfig
 from infllm_agent.integrations.server_errors import ApiError
 from infllm_agent.integrations.server_gate import Gate
 from infllm_agent.integrations.server_keys import ApiKeys
+from infllm_agent.integrations.server_metrics import Measured, RequestMetrics
 from infllm_agent.integrations.server_requests import ERRORS
 from infllm_agent.integrations.server_service import Service, TheService
 from infllm_agent.runtime import AgentRuntime
 
 __all__ = ["create_app"]
+
+ROUTERS = (
+    server_chat.router,
+    server_responses.router,
+    server_recall.router,
+    server_sessions.router,
+    server_import.router,
+)
 
 
 def create_app(
@@ -67,12 +85,21 @@ def create_app(
     )
     app.state.service = service
     server_errors.install(app)
-    for router in (server_chat.router, server_responses.router, server_sessions.router):
+    for router in ROUTERS:
         app.include_router(router)
     app.add_api_route("/healthz", healthz, methods=["GET"], responses=ERRORS)
     app.add_api_route("/metrics", metrics, methods=["GET"], response_class=PlainTextResponse, responses=ERRORS)
     app.add_middleware(Gate, service.config, keys, None if hosts is None else tuple(hosts))
+    if runtime.metrics is not None:
+        service.requests = _request_metrics()
+        app.add_middleware(Measured, service.requests)
     return app
+
+
+def _request_metrics() -> RequestMetrics:
+    routes = [route for router in ROUTERS for route in router.routes if isinstance(route, APIRoute)]
+    served = [(route.path_regex, route.path_format) for route in routes]
+    return RequestMetrics([*served, *((re.compile(f"{path}$"), path) for path in ("/healthz", "/metrics"))])
 
 
 async def healthz(service: TheService) -> dict[str, Any]:
@@ -83,10 +110,11 @@ async def healthz(service: TheService) -> dict[str, Any]:
 
 
 async def metrics(service: TheService) -> Response:
-    """What all sessions do, in Prometheus' text format."""
+    """What all sessions do, and what requests there are, in Prometheus' text format."""
     found = service.runtime.metrics
     if found is None:
         raise ApiError(
             404, "there are no metrics: the runtime counts nothing (RuntimeConfig.metrics)", code="no_metrics"
         )
-    return Response(found.text(), media_type=found.content_type)
+    requests = "" if service.requests is None else service.requests.text()
+    return Response(found.text() + requests, media_type=found.content_type)

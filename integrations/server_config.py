@@ -17,10 +17,17 @@ class ServerConfig(Settings):
         ge=1,
         description="largest body of a request, such as 32MB; what is streamed in is unbounded",
     )
+    import_bytes: ByteSize = Field(
+        ByteSize(64 << 30), ge=1, description="largest archive that is made a session of, such as 10GB"
+    )
     requests_per_minute: int | None = Field(None, ge=1, description="requests of one key in a minute; None: any number")
     concurrent: int = Field(64, ge=1, description="calls that are worked on, or wait for their session, of all keys")
     timeout_s: float = Field(600.0, gt=0, description="seconds after which a call fails")
-    stall_s: float = Field(60.0, gt=0, description="seconds after which a client that does not read is left")
+    stall_s: float = Field(
+        60.0,
+        gt=0,
+        description="seconds after which a client that does not read, or sends nothing of an archive, is left",
+    )
     grace_s: float = Field(30.0, ge=0, description="seconds that calls under way have to end when the server stops")
     branches: int = Field(16, ge=1, description="branches of a session that are kept; the least recently used go")
     nameless: int = Field(

@@ -28,7 +28,7 @@ from infllm_agent.errors import (
     UnknownMessage,
     UnknownSession,
 )
-from infllm_agent.integrations.calls import SessionFull
+from infllm_agent.integrations.calls import SessionFull, is_full
 
 log = logging.getLogger(__name__)
 
@@ -106,6 +106,8 @@ def error_of(error: BaseException) -> ApiError:
             # The catalogue's own words name the sessions that there are, which may be others'.
             lists = isinstance(error, UnknownSession) and "sessions there" in str(error)
             return ApiError(status, "no such session" if lists else str(error), code=code)
+    if is_full(error):
+        return ApiError(507, "the disk of the server is full", code="insufficient_storage")
     log.error("a request failed: %s: %s", type(error).__name__, error, exc_info=error)
     what = type(error).__name__ if isinstance(error, InfLLMError) else "something unforeseen"
     return ApiError(500, f"{what}: the server's log has the rest", code="server_error")

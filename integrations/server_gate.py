@@ -44,8 +44,8 @@ class Gate:
             self._check_host(headers)
             namespace = self._namespace(scope["path"], headers)
             scope.setdefault("state", {})["namespace"] = namespace
-            if not scope["path"].endswith("/stream"):
-                receive = self._bounded(headers, receive)
+            if (largest := self._largest(scope["path"])) is not None:
+                receive = _bounded(largest, headers, receive)
         except ApiError as error:
             await response_of(error)(scope, receive, send)
             return
@@ -72,22 +72,11 @@ class Gate:
         self.rates.take(namespace)
         return namespace
 
-    def _bounded(self, headers: Mapping[str, str], receive: Receive) -> Receive:
-        """The body, as far as it is not too large."""
-        largest, size = self.config.body_bytes, 0
-        told = headers.get("content-length", "")
-        if told.isdigit() and int(told) > largest:
-            raise _too_large(largest)
-
-        async def bounded() -> Message:
-            nonlocal size
-            message = await receive()
-            size += len(message.get("body", b""))
-            if size > largest:
-                raise _too_large(largest)
-            return message
-
-        return bounded
+    def _largest(self, path: str) -> int | None:
+        """How many bytes a body may have; None: any number, it is read as it comes."""
+        if path.endswith("/stream"):
+            return None
+        return self.config.import_bytes if path.endswith("/import") else self.config.body_bytes
 
 
 class Rates:
@@ -114,6 +103,24 @@ class Rates:
                 headers={"Retry-After": str(int(wait) + 1)},
             )
         self._buckets[namespace] = left - 1, now
+
+
+def _bounded(largest: int, headers: Mapping[str, str], receive: Receive) -> Receive:
+    """The body, as far as it is not too large."""
+    size = 0
+    told = headers.get("content-length", "")
+    if told.isdigit() and int(told) > largest:
+        raise _too_large(largest)
+
+    async def bounded() -> Message:
+        nonlocal size
+        message = await receive()
+        size += len(message.get("body", b""))
+        if size > largest:
+            raise _too_large(largest)
+        return message
+
+    return bounded
 
 
 def _unauthorized(said: str) -> ApiError:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from infllm_agent.errors import Cancelled
+from infllm_agent.errors import Cancelled, UnknownSession
 from infllm_agent.integrations.desk import Desk
 from infllm_agent.runtime import AgentRuntime
 
@@ -53,6 +53,8 @@ class Reader:
                 finished = self._read(name)
             except Cancelled:
                 return  # the server stops; what waits is on disk
+            except UnknownSession:
+                finished = True  # it is deleted
             except Exception as error:
                 log.warning('session "%s" is not read ahead: %s', name, error)
                 finished = True
@@ -66,7 +68,7 @@ class Reader:
         """Until it is read, or a call wants it; whether it is read."""
         while self._desk.waiting(name) and not self._stopping():
             time.sleep(0.02)
-        with self._desk.by_name(self._runtime, name, self._stopping) as session:
+        with self._desk.by_name(self._runtime, name, self._stopping, make=False) as session:
             committed = time.monotonic()
             while session.pending_tokens >= session.config.chunk_size:
                 if self._stopping() or self._desk.waiting(name):

@@ -1,18 +1,17 @@
 """``/v1/responses``: a conversation whose history the server keeps.
 
 A response's id names a session and how many messages it had, so what continues it is found as any history is: it goes
-on in that session, or in a fork of it where the session has gone on by itself.
+on in that session, or in a fork of it where the session has gone on by itself. ``server_recall`` shows responses again.
 """
 
 from __future__ import annotations
 
-import re
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Generator
+from contextlib import aclosing, closing
 from functools import partial
 from itertools import count
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from fastapi import APIRouter, Request
 from langchain_core.messages import AIMessageChunk
@@ -25,7 +24,8 @@ from infllm_agent.integrations.naming import branch_base
 from infllm_agent.integrations.request import Form
 from infllm_agent.integrations.request import Request as Call
 from infllm_agent.integrations.server_chat import Answer, Chunks, answer_next, answer_whole, message_of, stored_turns
-from infllm_agent.integrations.server_errors import ApiError, JsonResponse, bad_request
+from infllm_agent.integrations.server_errors import JsonResponse, bad_request
+from infllm_agent.integrations.server_kept import Key
 from infllm_agent.integrations.server_keys import Namespace
 from infllm_agent.integrations.server_messages import (
     Content,
@@ -37,14 +37,13 @@ from infllm_agent.integrations.server_messages import (
     named,
     text_of,
 )
+from infllm_agent.integrations.server_recall import call_item, kept_response, message_item, text_part
 from infllm_agent.integrations.server_requests import ERRORS, AnswerRequest, SessionHeader
 from infllm_agent.integrations.server_service import Caller, EventStream, Service, TheService, event_of
 from infllm_agent.integrations.turns import Turn
 from infllm_agent.session import Session
 
 router = APIRouter(prefix="/v1", responses=ERRORS)
-
-_ID = re.compile(r"resp_([0-9a-f]{32})_([0-9]{1,9})")
 
 
 class MessageItem(Labelled):
@@ -180,9 +179,10 @@ async def create_response(
     """Answer what comes next: after a response, in a conversation (which is a session), or at the beginning."""
     asked.check_model(service)
     record = _Record(asked, service)
-    answer = _answer_to(asked, service, caller, asked.session(session), record)
+    answer = record.keeping(_answer_to(asked, service, caller, asked.session(session), record))
     if not asked.stream:
-        return JsonResponse(record.completed(message_of(await service.gather(request, answer))))
+        await service.gather(request, answer)
+        return JsonResponse(record.done)
     return await EventStream.begun(request, _events(service, answer, record), service.config.stall_s)
 
 
@@ -217,17 +217,8 @@ def _found(service: Service, caller: Namespace, response: str) -> tuple[str, lis
     Raises:
         ApiError: there is no such response, or it is another's.
     """
-    matched = _ID.fullmatch(response)
-    infos = caller.sessions(service.catalog) if matched else ()
-    info = next((info for info in infos if matched and info.id == matched[1]), None)
-    if info is None or matched is None or int(matched[2]) > info.messages:
-        raise ApiError(
-            404,
-            f"no response {response[:100]!r}: its session is deleted, or it never was",
-            code="previous_response_not_found",
-            param="previous_response_id",
-        )
-    return branch_base(caller.own(info.name)), stored_turns(service, info.name, int(matched[2]))
+    info, key, _ = kept_response(service, caller, response, "previous_response_id")
+    return branch_base(caller.own(info.name)), stored_turns(service, info.name, key.messages)
 
 
 async def _events(service: Service, answer: Answer, record: _Record) -> AsyncGenerator[str, None]:
@@ -237,8 +228,8 @@ async def _events(service: Service, answer: Answer, record: _Record) -> AsyncGen
     def event(kind: str, **fields: Any) -> str:
         return event_of({"type": kind, "sequence_number": next(numbers), **fields}, kind)
 
-    text, parts = {"item_id": record.text_id, "output_index": 0, "content_index": 0}, list[ChatGenerationChunk]()
-    said = False
+    parts = list[ChatGenerationChunk]()
+    text: dict[str, Any] = {}
     async with aclosing(service.stream(answer)) as chunks:
         async for chunk in chunks:
             if not parts:
@@ -247,26 +238,25 @@ async def _events(service: Service, answer: Answer, record: _Record) -> AsyncGen
             parts.append(chunk)
             if not chunk.text:
                 continue
-            if not said:
-                said = True
-                item = record.message("", "in_progress") | {"content": []}
+            if not text:
+                text = {"item_id": f"msg_{record.key}", "output_index": 0, "content_index": 0}
+                item = message_item(record.key, "", "in_progress") | {"content": []}
                 yield event("response.output_item.added", output_index=0, item=item)
-                yield event("response.content_part.added", **text, part=_part(""))
+                yield event("response.content_part.added", **text, part=text_part(""))
             yield event("response.output_text.delta", **text, delta=chunk.text, logprobs=[])
     whole = message_of(parts)
-    if said:
+    if text:
         yield event("response.output_text.done", **text, text=whole.text, logprobs=[])
-        yield event("response.content_part.done", **text, part=_part(whole.text))
-        yield event("response.output_item.done", output_index=0, item=record.message(whole.text))
-    for index, call in enumerate(record.calls(whole), int(said)):
+        yield event("response.content_part.done", **text, part=text_part(whole.text))
+        yield event("response.output_item.done", output_index=0, item=message_item(record.key, whole.text))
+    for index, call in enumerate(record.calls(whole), int(bool(text))):
         where = {"item_id": call["id"], "output_index": index}
         item = call | {"arguments": "", "status": "in_progress"}
         yield event("response.output_item.added", output_index=index, item=item)
         yield event("response.function_call_arguments.delta", **where, delta=call["arguments"])
         yield event("response.function_call_arguments.done", **where, arguments=call["arguments"], name=call["name"])
         yield event("response.output_item.done", output_index=index, item=call)
-    done = record.completed(whole)
-    yield event(f"response.{done['status']}", response=done)
+    yield event(f"response.{record.done['status']}", response=record.done)
 
 
 class _Record:
@@ -276,21 +266,35 @@ class _Record:
         self._asked = asked
         self._service = service
         self._created = int(time.time())
-        self._key = ""
+        self.key = Key("", 0)
+        self.done: dict[str, Any] = {}
 
     def begin(self, session: Session) -> None:
         """The session is known, and how many messages it will have with the answer."""
-        self._key = f"{session.store.id}_{session.message_count + 1}"
+        self.key = Key(session.store.id, session.message_count + 1)
 
-    @property
-    def text_id(self) -> str:
-        return f"msg_{self._key}"
+    def keeping(self, answer: Answer) -> Answer:
+        """The same answer. Once it is committed, and before anybody is told, ``done`` has the response, which is kept
+        if that is wanted."""
+
+        def kept(cancelled: CancelCheck) -> Chunks:
+            parts = list[ChatGenerationChunk]()
+            with closing(cast(Generator[ChatGenerationChunk], answer(cancelled))) as chunks:
+                for chunk in chunks:
+                    parts.append(chunk)
+                    if cast(AIMessageChunk, chunk.message).chunk_position == "last":
+                        self.done = self._completed(message_of(parts))
+                        if self.done["store"]:
+                            self._service.keep(self.key, self.done)
+                    yield chunk
+
+        return kept
 
     def response(self, status: str, **fields: Any) -> dict[str, Any]:
         asked = self._asked
         as_asked = asked.model_dump(include={"text", "tool_choice", "tools"}, exclude_none=True, by_alias=True)
         return {
-            "id": f"resp_{self._key}",
+            "id": f"resp_{self.key}",
             "object": "response",
             "created_at": self._created,
             "status": status,
@@ -305,7 +309,7 @@ class _Record:
             "output": [],
             "parallel_tool_calls": asked.parallel_tool_calls is not False,
             "previous_response_id": asked.previous_response_id,
-            "store": True,
+            "store": asked.store is not False,
             "temperature": asked.temperature,
             "text": {"format": {"type": "text"}},
             "tool_choice": "auto",
@@ -317,9 +321,9 @@ class _Record:
             **fields,
         }
 
-    def completed(self, message: AIMessageChunk) -> dict[str, Any]:
+    def _completed(self, message: AIMessageChunk) -> dict[str, Any]:
         cut = message.response_metadata.get("finish_reason") == "length"
-        text = [self.message(message.text)] if message.text else []
+        text = [message_item(self.key, message.text)] if message.text else []
         return self.response(
             "incomplete" if cut else "completed",
             incomplete_details={"reason": "max_output_tokens"} if cut else None,
@@ -327,26 +331,11 @@ class _Record:
             usage=_usage(message),
         )
 
-    def message(self, text: str, status: str = "completed") -> dict[str, Any]:
-        said = {"id": self.text_id, "type": "message", "role": "assistant", "status": status}
-        return said | {"content": [_part(text)]}
-
     def calls(self, message: AIMessageChunk) -> list[dict[str, Any]]:
         return [
-            {
-                "id": f"fc_{self._key}_{number}",
-                "type": "function_call",
-                "call_id": call["id"],
-                "name": call["name"],
-                "arguments": call["args"],
-                "status": "completed",
-            }
+            call_item(self.key, number, call["id"], call["name"], call["args"])
             for number, call in enumerate(message.tool_call_chunks)
         ]
-
-
-def _part(text: str) -> dict[str, Any]:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
 
 def _usage(message: AIMessageChunk) -> dict[str, Any]:

@@ -22,7 +22,9 @@ from infllm_agent.integrations.desk import CancelCheck, desk_of
 from infllm_agent.integrations.handover import Handover
 from infllm_agent.integrations.server_config import ServerConfig
 from infllm_agent.integrations.server_errors import CLIENT_GONE, ApiError, body_of, error_of
+from infllm_agent.integrations.server_kept import KeptResponses, Key
 from infllm_agent.integrations.server_keys import Namespace
+from infllm_agent.integrations.server_metrics import RequestMetrics
 from infllm_agent.integrations.server_reader import Reader
 from infllm_agent.runtime import AgentRuntime
 from infllm_agent.threads import from_thread
@@ -48,15 +50,25 @@ class Service:
         self.model = config.served_name or (os.path.basename(os.path.abspath(name)) if os.path.isdir(name) else name)
         self.started = int(time.time())
         self.running = 0
+        self.requests: RequestMetrics | None = None
         self._stopping = threading.Event()
         self.handover = Handover(runtime.root, config.timeout_s) if config.shared else None
         if self.handover is not None:
             self.desk.share(runtime, self.handover)
+        self.responses = KeptResponses(runtime.root)
+        self.responses.sweep(self.session_ids)
         self.reader = Reader(runtime, self.desk, self._stopping.is_set)
 
     @property
     def catalog(self) -> Catalog:
         return Catalog(self.runtime.root)
+
+    def session_ids(self) -> set[str]:
+        return {info.id for info in self.catalog.list()}
+
+    def keep(self, key: Key, response: dict[str, Any]) -> None:
+        """Have a response on disk. Raises StorageError."""
+        self.responses.keep(key, response, self.session_ids)
 
     @property
     def stopping(self) -> bool:

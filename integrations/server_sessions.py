@@ -129,7 +129,7 @@ async def fork_session(session: str, asked: Fork, request: Request, service: The
 
     def fork(cancelled: CancelCheck) -> SessionInfo:
         source = caller.existing(service.catalog, session)
-        with service.desk.by_name(service.runtime, source, cancelled):
+        with service.desk.by_name(service.runtime, source, cancelled, make=False):
             made = service.runtime.fork(source, name, asked.messages, cancelled=cancelled)
             info = made.store.info
             service.runtime.release(name)
@@ -159,7 +159,9 @@ async def delete_session(session: str, request: Request, service: TheService, ca
 
     def delete(cancelled: CancelCheck) -> list[str]:
         name = caller.existing(service.catalog, session)
-        return service.desk.delete(service.runtime, name, cancelled)
+        deleted = service.desk.delete(service.runtime, name, cancelled)
+        service.responses.sweep(service.session_ids)
+        return deleted
 
     gone = [caller.own(name) for name in await service.do(request, delete)]
     return JsonResponse({"object": "session.deleted", "deleted": gone})
@@ -259,7 +261,7 @@ def _commit_now_and_then(session: Session) -> None:
 def _exported(service: Service, name: str, cancelled: CancelCheck) -> Iterator[bytes]:
     """A session's archive, piece by piece."""
     if service.runtime.is_open(name):
-        with service.desk.by_name(service.runtime, name, cancelled) as opened:
+        with service.desk.by_name(service.runtime, name, cancelled, make=False) as opened:
             opened.commit()
     failure: list[BaseException] = []
     reader, writer = os.pipe()

@@ -40,6 +40,9 @@ def test_no_server_error(served: Served, mode: GenerationMode) -> None:
         def check(case: schemathesis.Case) -> None:
             if isinstance(case.body, dict) and "model" in case.body:
                 case.body["model"] = served.model  # else nothing is looked at further
+            if "response_id" in case.path_parameters and mode is GenerationMode.POSITIVE:
+                body = {"model": served.model, "input": "hello", "max_output_tokens": 1, "conversation": "known"}
+                case.path_parameters["response_id"] = httpx.post(f"{served.v1}/responses", json=body).json()["id"]
             if "session" in case.path_parameters and mode is GenerationMode.POSITIVE:
                 case.path_parameters["session"] = "known"
             response = case.call(timeout=30)
