@@ -3,8 +3,9 @@
     python benchmarks/million.py tile ROOT --tokens 100000      # a session of 100K tokens, in a minute or two
     python benchmarks/moving.py ROOT --session million
 
-Two servers share ROOT. The first answers and has the session open; then the second is asked: it has the first one
-commit and close, opens the session, and answers. Printed, for each answer: seconds to the first token, bytes that the
+Two servers share ROOT; with --bucket URL each has a folder of its own, and blocks come from the bucket. The first
+answers and has the session open; then the second is asked: it has the first one commit and close (or fetches what that
+one has published), opens the session, and answers. Printed, for each answer: seconds to the first token, bytes that the
 server read from files for it, and beside them what the session has on disk.
 """
 
@@ -14,12 +15,14 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import httpx
 
+from infllm_agent.bucket import Bucket
 from infllm_agent.catalog import Catalog
 
 
@@ -74,11 +77,25 @@ def main() -> None:
     parser.add_argument("--session", default="million")
     parser.add_argument("--rounds", type=int, default=3, help="moves to and fro")
     parser.add_argument("--tokens", type=int, default=8, help="of each answer")
+    parser.add_argument("--bucket", help="such as file:///tmp/bucket")
     given, options = parser.parse_known_args()
     folder = Catalog(given.root).folder(Catalog(given.root).require(given.session))
     size = sum(path.stat().st_size for path in folder.iterdir())
     print(json.dumps({"session_mb": round(size / 1e6, 1)}), flush=True)
-    servers = [start(given.root, options) for _ in range(2)]
+    with tempfile.TemporaryDirectory(prefix="moving-", dir=given.root.parent) as other:
+        roots = [given.root, Path(other)] if given.bucket else [given.root] * 2
+        if given.bucket:
+            began = time.perf_counter()
+            done = Bucket(given.bucket).publish(given.root, given.session)
+            print(
+                json.dumps({"published_mb": done.bytes // 10**6, "s": round(time.perf_counter() - began, 1)}),
+                flush=True,
+            )
+            options += ["--bucket", given.bucket]
+        measure(given, [start(root, options) for root in roots])
+
+
+def measure(given: argparse.Namespace, servers: list[tuple[subprocess.Popen[str], str]]) -> None:
     try:
         for move in range(2 * given.rounds):
             server, url = servers[move % 2]

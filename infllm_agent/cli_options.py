@@ -54,6 +54,11 @@ Root = Annotated[
 ]
 
 
+BucketUrl = Annotated[
+    str, typer.Option("--bucket", metavar="URL", help="An object store, such as s3://bucket/sessions.")
+]
+
+
 @dataclass(frozen=True)
 class RuntimeOptions:
     """Which sessions, and which model to load."""

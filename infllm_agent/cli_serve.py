@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from infllm_agent import cli_output
-from infllm_agent.cli_options import Memory, RuntimeOptions, Sampling, Server, Tracing
+from infllm_agent.cli_options import BucketUrl, Memory, RuntimeOptions, Sampling, Server, Tracing
 from infllm_agent.cli_options import takes_options as options
 from infllm_agent.config import MemoryConfig, SamplingConfig
 from infllm_agent.errors import ConfigError
@@ -55,6 +55,7 @@ def serve(
     batch: Annotated[
         int, typer.Option(min=1, help="Most sessions whose next tokens are computed together.")
     ] = DEFAULT_BATCH,
+    bucket: BucketUrl | None = None,
     trace: Tracing = "off",
     *,
     where: RuntimeOptions,
@@ -92,16 +93,20 @@ def serve(
             hosts,
             where.device,
             where.dtype,
+            bucket,
         )
         serve_replicas(settings, replicas, host, port)
         return
+    from infllm_agent.bucket import Bucket
     from infllm_agent.model import LocalModel
     from infllm_agent.runtime import AgentRuntime
+
+    published = Bucket(bucket) if bucket else None  # a mistake is told before the model is loaded
 
     with listening(host, port) as bound:
         model = LocalModel.load(where.model, device=where.device, dtype=where.dtype, progress=cli_output.note)
         sizes: MemoryConfig | None = model.default_memory().changed(**memory) if memory else None
-        with AgentRuntime(where.root, model, sizes, allowed) as runtime:
+        with AgentRuntime(where.root, model, sizes, allowed, published) as runtime:
             run(create_app(runtime, config, known, defaults, hosts=hosts), bound, config.grace_s)
 
 

@@ -156,6 +156,8 @@ app.command()(cli_upkeep.check)
 app.command()(cli_upkeep.export)
 app.command("import")(cli_upkeep.import_)
 app.command()(cli_upkeep.prune)
+app.command()(cli_upkeep.publish)
+app.command()(cli_upkeep.pull)
 
 
 def _session_row(info: SessionInfo) -> list[str]:

@@ -14,7 +14,7 @@ import typer
 
 from infllm_agent.catalog import Catalog
 from infllm_agent.cli_input import Interrupts, standard_input
-from infllm_agent.cli_options import AsJson, Root, SessionName
+from infllm_agent.cli_options import AsJson, BucketUrl, Root, SessionName
 from infllm_agent.cli_output import (
     FAILED,
     confirmed,
@@ -27,7 +27,7 @@ from infllm_agent.cli_output import (
     progress,
     session_fields,
 )
-from infllm_agent.errors import Cancelled, InfLLMError
+from infllm_agent.errors import Cancelled, InfLLMError, UnknownSession
 from infllm_agent.store import SessionStore
 
 if TYPE_CHECKING:
@@ -205,6 +205,33 @@ def import_(
         print_json(session_fields(info))
     else:
         print(f"{info.name}: {counted(info.messages, 'message')}, {counted(info.tokens, 'token')}")
+
+
+def publish(session: SessionName, bucket: BucketUrl, *, root: Root, as_json: AsJson = False) -> None:
+    """Make a session's last commit the one in a bucket. What is there already is not sent again."""
+    from infllm_agent.bucket import Bucket  # loads torch
+
+    done = Bucket(bucket).publish(root, session)
+    if as_json:
+        print_json({"session": session, **done._asdict()})
+    elif done.objects:
+        print(f"{session}: {counted(done.objects, 'object')}, {done.bytes:,} bytes")
+    else:
+        print(f"{session}: published already")
+
+
+def pull(session: SessionName, bucket: BucketUrl, *, root: Root, as_json: AsJson = False) -> None:
+    """Have a session as it is in a bucket. Its blocks are fetched when they are needed."""
+    from infllm_agent.bucket import Bucket  # loads torch
+
+    place = Bucket(bucket)
+    fetched = place.pull(root, session)
+    if not fetched and place.last(session) is None:
+        raise UnknownSession(f'session "{session}" is not in the bucket {place.url}')
+    if as_json:
+        print_json({"session": session, "fetched": fetched})
+    else:
+        print(f"{session}: {'fetched' if fetched else 'as it is in the bucket already'}")
 
 
 def prune(

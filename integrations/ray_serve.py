@@ -50,6 +50,8 @@ class ReplicaSettings:
     Attributes:
         root: the folder of sessions, on a file system that all replicas share and that has locks (``flock``).
         memory: fields of ``MemoryConfig`` that differ from the model's default.
+        bucket: the URL of an object store (``Bucket``) where every commit is published, for replicas on machines that
+            share no file system; ``root`` is then a folder of each machine.
         config: limits of each replica: rates and calls are counted by each for itself.
     """
 
@@ -63,6 +65,7 @@ class ReplicaSettings:
     hosts: tuple[str, ...] | None = None
     device: str = "auto"
     dtype: str = "auto"
+    bucket: str | None = None
 
 
 class Replica:
@@ -71,7 +74,7 @@ class Replica:
     def __init__(self, settings: ReplicaSettings) -> None:
         model = LocalModel.load(settings.model, device=settings.device, dtype=settings.dtype)
         memory: MemoryConfig | None = model.default_memory().changed(**settings.memory) if settings.memory else None
-        runtime = AgentRuntime(settings.root, model, memory, settings.runtime)
+        runtime = AgentRuntime(settings.root, model, memory, settings.runtime, settings.bucket)
         shared = ServerConfig(**{**settings.config.model_dump(), "shared": True})
         self._app = create_app(runtime, shared, settings.keys, settings.sampling, hosts=settings.hosts)
 

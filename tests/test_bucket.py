@@ -11,6 +11,7 @@ from typing import Any
 import fsspec
 import pytest
 import torch
+from conftest import Cli
 
 from infllm_agent import AgentRuntime
 from infllm_agent.archive import export_session, import_session
@@ -19,6 +20,8 @@ from infllm_agent.catalog import Catalog
 from infllm_agent.check import check
 from infllm_agent.config import MemoryConfig
 from infllm_agent.errors import ConfigError, CorruptSession, SessionLocked, StorageError, UnknownSession
+from infllm_agent.integrations.desk import Desk
+from infllm_agent.integrations.turns import Turn
 from infllm_agent.model import LocalModel
 from infllm_agent.origin import Origin, open_bucket
 from infllm_agent.store import SessionStore
@@ -111,7 +114,7 @@ def test_it_goes_on_elsewhere_to_the_bit(
     size = stored_bytes(tmp_path / "b")
     assert 0 < counting.bytes < 0.6 * size
     assert counting.ranges > 0
-    with machine(tmp_path / "a", tiny_model, url) as a:  # and back: what was said there is here
+    with AgentRuntime(tmp_path / "a", tiny_model, config, bucket=url) as a:  # and back: what was said there is here
         assert a.session("ops").messages(-1)[0].text == text
 
 
@@ -368,3 +371,60 @@ def test_names_and_urls(tmp_path: Path, tiny_model: LocalModel) -> None:
     assert bucket.names() == [long]
     with pytest.raises(ConfigError, match="bucket nothing://here"):
         Bucket("nothing://here")
+
+
+class Machine:
+    """A server's desk on a machine of its own."""
+
+    def __init__(self, root: Path, model: LocalModel, url: str) -> None:
+        self.runtime = machine(root, model, url)
+        self.desk = Desk()
+
+    def append(self, text: str) -> None:
+        with self.desk.by_name(self.runtime, "ops", lambda: False) as session:
+            session.append_user(text)
+            session.commit()
+
+    def turn(self, texts: list[str]) -> tuple[str, int]:
+        """As a client that sends all messages each time; the session, and how many messages were new to it."""
+        turns = [Turn("user", text) for text in texts]
+        with self.desk.by_history(self.runtime, "ops", turns, lambda: False) as session:
+            known = session.message_count
+            for turn in turns[known:]:
+                session.append_user(turn.text)
+            session.commit()
+            return session.name, len(turns) - known
+
+
+def test_requests_that_go_to_one_machine_and_another(url: str, tmp_path: Path, tiny_model: LocalModel) -> None:
+    machines = [Machine(tmp_path / name, tiny_model, url) for name in ("a", "b")]
+    for number in range(5):
+        machines[number % 2].append(f"line {number}")
+    texts = [f"line {number}" for number in range(5)]
+    assert [m.text for m in machines[0].runtime.session("ops").messages()] == texts
+    for number in range(5, 9):
+        texts.append(f"line {number}")
+        assert machines[number % 2].turn(texts) == ("ops", 1)
+    name, _ = machines[0].turn([*texts[:4], "another way"])  # a branch
+    assert name != "ops"
+    other, _ = machines[1].turn([*texts[:4], "a third way"])  # whose name is taken, though it is not here
+    assert other not in ("ops", name)
+    assert Bucket(url).names() == sorted(["ops", name, other])
+    for one in machines:
+        one.desk.close(one.runtime, lambda: False)
+        one.runtime.close()
+
+
+def test_the_commands(cli: Cli, tmp_path: Path, tiny_model: LocalModel) -> None:
+    url = f"file://{tmp_path}/bucket"
+    with machine(tmp_path / "a", tiny_model, None) as a:
+        talk(a, 20)
+    done = cli("sessions", "publish", "ops", "--bucket", url, "--root", str(tmp_path / "a"))
+    assert (done.code, "objects" in done.out) == (0, True)
+    assert "published already" in cli("sessions", "publish", "ops", "--bucket", url, "--root", str(tmp_path / "a")).out
+    assert "fetched" in cli("sessions", "pull", "ops", "--bucket", url, "--root", str(tmp_path / "b")).out
+    again = cli("sessions", "pull", "ops", "--bucket", url, "--root", str(tmp_path / "b"), "--json")
+    assert again.json == {"session": "ops", "fetched": False}
+    assert 'session "web" is not in the bucket' in cli("sessions", "pull", "web", "--bucket", url).error
+    assert "bucket nothing://x" in cli("sessions", "publish", "ops", "--bucket", "nothing://x").error
+    assert "bucket nothing://x" in cli("serve", "--bucket", "nothing://x", "--port", "0").error
