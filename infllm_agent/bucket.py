@@ -31,10 +31,10 @@ from infllm_agent.archive import Stored, copy_commit, tail_name
 from infllm_agent.blockfile import BlockFiles, segment_path
 from infllm_agent.catalog import SESSION_DATABASE, Catalog, check_name
 from infllm_agent.database import storage_errors
-from infllm_agent.errors import CorruptSession, InfLLMError, StorageError, UnknownSession
+from infllm_agent.errors import CorruptSession, InfLLMError, UnknownSession
 from infllm_agent.files import share
 from infllm_agent.integrity import FOREIGN
-from infllm_agent.origin import Origin, Parts, as_parts, bucket_errors, open_bucket, part_name
+from infllm_agent.origin import BucketError, Origin, Parts, as_parts, bucket_errors, open_bucket, part_name
 from infllm_agent.store import SessionStore
 
 FORMAT = 1
@@ -103,7 +103,7 @@ class Bucket:
     Args:
         url: as fsspec takes it: ``s3://bucket/path``, ``gs://...``, ``file:///mnt/...``, ``memory://...``.
 
-    Besides what they name, all methods raise StorageError if the store cannot be reached, and CorruptSession if what it
+    Besides what they name, all methods raise BucketError if the store cannot be reached, and CorruptSession if what it
     holds is damaged.
     """
 
@@ -292,7 +292,7 @@ class Bucket:
                         file.write(data)
                 else:
                     self._fs.pipe_file(place, data, mode="create" if create else "overwrite")
-        except StorageError as error:
+        except BucketError as error:
             if isinstance(error.__cause__, FileExistsError):
                 raise error.__cause__ from None
             raise

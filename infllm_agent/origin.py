@@ -27,6 +27,10 @@ ORIGIN_FILE = "origin.json"
 Parts = tuple[tuple[int, int, str], ...]
 
 
+class BucketError(StorageError):
+    """An object store cannot be reached, or refuses."""
+
+
 @dataclass(frozen=True)
 class Origin:
     """What a session's folder says of the bucket that it has to do with.
@@ -100,7 +104,7 @@ class Origin:
 
         Raises:
             CorruptSession: the part is not there.
-            StorageError: the bucket cannot be read.
+            BucketError.
         """
         found, numbers, places = [b""] * len(wanted), [], []
         for number, (index, start, stop) in enumerate(wanted):
@@ -167,9 +171,9 @@ def bucket_errors(url: str) -> Iterator[None]:
         raise CorruptSession(f"bucket {url}: {error.filename or error}: not there") from error
     except OSError as error:
         what = (os.strerror(error.errno) if error.errno else str(error)) or type(error).__name__
-        raise StorageError(f"bucket {url}: {what.splitlines()[0]}") from error
+        raise BucketError(f"bucket {url}: {what.splitlines()[0]}") from error
     except (CorruptSession, StorageError):
         raise
     except Exception as error:  # of the store's own client, such as botocore's
         text = str(error).splitlines()[0] if str(error) else ""
-        raise StorageError(f"bucket {url}: {type(error).__name__}: {text[:200]}") from error
+        raise BucketError(f"bucket {url}: {type(error).__name__}: {text[:200]}") from error

@@ -12,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
+from infllm_agent.bucket import Diverged
 from infllm_agent.catalog import SessionExists
 from infllm_agent.errors import (
     BudgetExceeded,
@@ -29,6 +30,7 @@ from infllm_agent.errors import (
     UnknownSession,
 )
 from infllm_agent.integrations.calls import SessionFull, is_full
+from infllm_agent.origin import BucketError
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +48,7 @@ _KINDS: list[tuple[type[BaseException], int, str]] = [
     (SessionBusy, 409, "session_busy"),
     (SessionClosed, 409, "session_closed"),
     (SessionMismatch, 409, "session_mismatch"),
+    (Diverged, 409, "session_diverged"),
     (SessionFull, 507, "insufficient_storage"),
     (BudgetExceeded, 507, "insufficient_storage"),
     (QueueFull, 503, "overloaded"),
@@ -106,6 +109,9 @@ def error_of(error: BaseException) -> ApiError:
             # The catalogue's own words name the sessions that there are, which may be others'.
             lists = isinstance(error, UnknownSession) and "sessions there" in str(error)
             return ApiError(status, "no such session" if lists else str(error), code=code)
+    if isinstance(error, BucketError):
+        log.error("a request failed: %s", error)
+        return ApiError(503, "the server cannot reach its storage; try again", code="storage_unreachable")
     if is_full(error):
         return ApiError(507, "the disk of the server is full", code="insufficient_storage")
     log.error("a request failed: %s: %s", type(error).__name__, error, exc_info=error)

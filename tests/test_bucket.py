@@ -21,9 +21,10 @@ from infllm_agent.check import check
 from infllm_agent.config import MemoryConfig
 from infllm_agent.errors import ConfigError, CorruptSession, SessionLocked, StorageError, UnknownSession
 from infllm_agent.integrations.desk import Desk
+from infllm_agent.integrations.server_errors import error_of
 from infllm_agent.integrations.turns import Turn
 from infllm_agent.model import LocalModel
-from infllm_agent.origin import Origin, open_bucket
+from infllm_agent.origin import BucketError, Origin, open_bucket
 from infllm_agent.store import SessionStore
 
 SMALL = MemoryConfig(n_init=4, n_local=32, block_size=8, topk=4, candidates=8, chunk_size=32, max_cached_block=8)
@@ -305,7 +306,7 @@ def test_a_bucket_that_cannot_be_reached(
                 raise ConnectionError("connection refused")
 
             patched.setattr(fs, "cat_ranges", down)
-            with pytest.raises(StorageError, match=r"bucket .*connection refused"):
+            with pytest.raises(BucketError, match=r"bucket .*connection refused"):
                 session.reply(max_tokens=4)
         assert session.reply(max_tokens=4).usage.output_tokens == 4  # and when it is back, it goes on
 
@@ -428,3 +429,10 @@ def test_the_commands(cli: Cli, tmp_path: Path, tiny_model: LocalModel) -> None:
     assert 'session "web" is not in the bucket' in cli("sessions", "pull", "web", "--bucket", url).error
     assert "bucket nothing://x" in cli("sessions", "publish", "ops", "--bucket", "nothing://x").error
     assert "bucket nothing://x" in cli("serve", "--bucket", "nothing://x", "--port", "0").error
+
+
+@pytest.mark.parametrize(("error", "status"), [(BucketError("bucket s3://ours: gone"), 503), (Diverged("x"), 409)])
+def test_what_a_servers_client_is_told(error: Exception, status: int) -> None:
+    told = error_of(error)
+    assert told.status_code == status
+    assert "s3://ours" not in str(told.detail)
