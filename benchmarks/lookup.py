@@ -26,7 +26,8 @@ from torch import Tensor
 from infllm_agent import MemoryConfig
 from infllm_agent.bench.oplog import generate
 from infllm_agent.chat import ChatFormat
-from infllm_agent.index import BlockIndex, best
+from infllm_agent.index import BlockIndex
+from infllm_agent.kernels.dispatch import best
 from infllm_agent.kernels.lookup import attention_mass, voters, votes
 from infllm_agent.memory import MemoryLayer
 from infllm_agent.model import LocalModel

@@ -8,7 +8,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from infllm_agent.index import best
+from infllm_agent.blocks import BlockCache
+from infllm_agent.kernels import dispatch
+from infllm_agent.kernels.decode import to_device
 from infllm_agent.kernels.lookup import attention_mass
 
 
@@ -44,9 +46,69 @@ class Candidates:
 
     def best(self, asking: Tensor, scale: float, count: int) -> Tensor:
         """The ``count`` blocks with the largest attention mass of queries (q_heads, n, head_dim) float32; ascending."""
-        return self.blocks[best(attention_mass(asking, self.keys, scale), count)]
+        return self.blocks[dispatch.best(attention_mass(asking, self.keys, scale), count)]
 
     def keys_of(self, blocks: list[int]) -> Tensor:
         """Keys of some of them, (len(blocks), kv_heads, block_size, head_dim)."""
         wanted = torch.tensor(blocks, device=self.blocks.device)
         return self.keys.index_select(1, torch.searchsorted(self.blocks, wanted)).transpose(0, 1)
+
+
+class CachedCandidates(Candidates):
+    """Candidates that all lie in a layer's cache on the device.
+
+    So a token's choice among them, which only the device knows, is at hand whatever it is, and the host need not be
+    asked. Their keys are compared where they lie. What is new among them is loaded at once when they are first chosen
+    from: most lie there from the candidates before.
+
+    Args:
+        values: as ``read``, for values.
+        cache: has at least as many slots.
+    """
+
+    def __init__(
+        self,
+        token: int,
+        of: int,
+        blocks: Tensor,
+        read: Callable[[list[int]], Tensor],
+        values: Callable[[list[int]], Tensor],
+        cache: BlockCache,
+    ) -> None:
+        super().__init__(token, of, blocks, read)
+        self._values = values
+        self._cache = cache
+        self._loaded = -1  # of the cache, when they were all there
+        self._slots = self._rows = blocks
+
+    def best(self, asking: Tensor, scale: float, count: int) -> Tensor:
+        self._bring()
+        size = self._cache.k.shape[2]
+        keys = self._cache.k.flatten(1, 2).transpose(0, 1)
+        mass = dispatch.votes(asking, keys, scale, chosen=self._rows).view(-1, size).sum(dim=1)
+        return self.blocks[dispatch.best(mass, count)]
+
+    def slots_of(self, chosen: Tensor) -> Tensor:
+        """Where in the cache those of them lie that were chosen just now: (len(chosen),) int32, on the device."""
+        self._cache.count_hits(len(chosen))
+        return self._slots[torch.searchsorted(self.blocks, chosen)]
+
+    def keys_of(self, blocks: list[int]) -> Tensor:
+        """As they are stored: whoever asks found them missing in the cache."""
+        return self._read(blocks)
+
+    def _bring(self) -> None:
+        """Load what is not in the cache, which happens when they are new, or when other blocks came meanwhile."""
+        if self._loaded == self._cache.counters.misses:
+            return
+        slots = self._cache.fetch(self._numbers, lambda blocks: (self._read(blocks), self._values(blocks)))
+        self._loaded = self._cache.counters.misses
+        self._slots = to_device(slots, self.blocks.device)
+        size = self._cache.k.shape[2]
+        tokens = torch.arange(size, device=self.blocks.device)
+        self._rows = (self._slots.long().unsqueeze(1) * size + tokens).flatten()
+
+    @cached_property
+    def _numbers(self) -> list[int]:
+        numbers: list[int] = self.blocks.tolist()
+        return numbers

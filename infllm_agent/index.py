@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from infllm_agent.kernels import dispatch
 from infllm_agent.kernels.lookup import SLAB, cell_shares, cell_sizes, votes, votes_among
 from infllm_agent.threads import begun
 
@@ -227,7 +228,7 @@ class Cells:
         cells = self._of_blocks.all.T.long()
         shares, total = cell_shares(q, self._centres, self._sizes, scale)
         a_block = shares.sum(dim=1) / self._sizes.clamp_min(1)
-        near = best(a_block.gather(1, cells).sum(dim=0), count)
+        near = dispatch.best(a_block.gather(1, cells).sum(dim=0), count)
         far = 1 - cell_sizes(cells[:, near], self._grid.cells) / self._sizes.clamp_min(1)
         return near, total + (shares @ far.unsqueeze(-1)).log()
 
@@ -330,11 +331,11 @@ class BlockIndex:
         """The ``count`` blocks with the most votes of queries (q_heads, n, head_dim) float32; ascending."""
         cells = self._cells
         if cells is None:
-            return best(votes(q, self.keys, scale), count)
+            return dispatch.best(votes(q, self.keys, scale), count)
         compared = max(count, math.isqrt(cells.flat * self.count // 2))
         near, others = cells.near(q, scale, compared)
         keys = self.keys.flatten(1).index_select(0, near).view(-1, *self.keys.shape[1:])  # far faster than [near]
-        return near[best(votes_among(q, keys, others, scale), count)]
+        return near[dispatch.best(votes_among(q, keys, others, scale), count)]
 
     def device_bytes(self) -> int:
         return self._keys.device_bytes() + self._size_of_cells()
@@ -343,10 +344,3 @@ class BlockIndex:
         if self._sorted is not None:
             return self._sorted.device_bytes()
         return 0 if self._finish is None else Cells.size(self.keys, self._keys.room)
-
-
-def best(scores: Tensor, count: int) -> Tensor:
-    """The blocks (≤ count,) with the highest of ``scores`` (blocks,), ascending."""
-    chosen = torch.zeros_like(scores, dtype=torch.bool)
-    chosen[scores.topk(min(count, len(scores)), sorted=False).indices] = True
-    return chosen.nonzero().squeeze(1)

@@ -16,7 +16,6 @@ and a session that fits the window is computed exactly as by full attention.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Protocol
 
 import torch
@@ -24,14 +23,15 @@ from torch import Tensor
 
 from infllm_agent.blockfile import BlockFiles
 from infllm_agent.blocks import BlockCache, BlockStore
-from infllm_agent.candidates import Candidates
+from infllm_agent.candidates import CachedCandidates, Candidates
 from infllm_agent.config import MemoryConfig
-from infllm_agent.index import BlockIndex, best
+from infllm_agent.decode import Decoder
+from infllm_agent.far import FarKeys
+from infllm_agent.index import BlockIndex
 from infllm_agent.kernels import dispatch
 from infllm_agent.kernels.attention import attend, merge
-from infllm_agent.kernels.decode import Angles, DecodeKeys, bounds
+from infllm_agent.kernels.decode import Bounds, to_device
 from infllm_agent.kernels.lookup import similarity, voters
-from infllm_agent.kernels.rotary import RotaryTable
 from infllm_agent.layers import LayerSpec, SlidingLayer, block_shape
 from infllm_agent.state import Division, LayerState, MemoryState
 from infllm_agent.tiers import Tiers
@@ -62,7 +62,13 @@ class MemoryLayer:
     """One layer that sees everything: sinks, blocks and window."""
 
     def __init__(
-        self, index: int, spec: LayerSpec, config: MemoryConfig, store: BlockStore, device: torch.device
+        self,
+        index: int,
+        spec: LayerSpec,
+        config: MemoryConfig,
+        store: BlockStore,
+        device: torch.device,
+        bounds: Bounds,
     ) -> None:
         self.index = index  # among the layers that have blocks
         self.spec = spec
@@ -79,23 +85,22 @@ class MemoryLayer:
             dtype=shape.torch_dtype,
             device=device,
         )
-        self.cache = BlockCache(config.max_cached_block, shape, device)
-        # Sinks, then the blocks looked up last, in their order: one contiguous set of keys.
-        far_keys = config.n_init + config.topk * config.block_size
-        self.far_k = torch.empty((spec.kv_heads, far_keys, spec.head_dim), dtype=shape.torch_dtype, device=device)
-        self.far_v = torch.empty_like(self.far_k)
-        self.far_rotary: RotaryTable | None = None
-        self.far_k_rotated = self.far_k
-        if spec.rotary is not None and config.positions == "contiguous":
-            self.far_rotary = RotaryTable(spec.rotary, far_keys + self.window.size, device)
-            self.far_k_rotated = torch.empty_like(self.far_k)
-        self.n_sinks = 0
-        self.selected: list[int] = []  # the blocks looked up last
-        self.gathered: list[int] = []  # the blocks among the far keys
+        self.on_gpu = dispatch.backend(self.window.k) == "triton"
+        # There, tokens fed alone find all their candidates in the cache.
+        slots = max(config.max_cached_block, config.kept_candidates if self.on_gpu else 0)
+        self.cache = BlockCache(slots, shape, device)
+        self.far = FarKeys(config, self.cache, self.window)
+        self.decoder = Decoder(config, self.window, self.far, self.cache, bounds)
         self.shown: Candidates | None = None  # to the second pass of the last lookup
         self.kept: Candidates | None = None  # for tokens that come one by one
         flat = config.flat_blocks if config.lookup == "votes" else None
         self.blocks = BlockIndex(spec.kv_heads, spec.head_dim, shape.torch_dtype, device, flat)
+        self._selected: Sequence[int] | Tensor = []
+
+    @property
+    def selected(self) -> list[int]:
+        """The blocks looked up last. Where a token was fed alone, on a GPU, this waits for it."""
+        return self._selected.tolist() if isinstance(self._selected, Tensor) else list(self._selected)
 
     # -- one chunk: append, look up, bring, attend -------------------------------------------------------------------
 
@@ -113,60 +118,61 @@ class MemoryLayer:
         First all blocks by the one key that stands for each (paper, eq. 2; or votes, of many blocks by the cells in
         which these keys lie), then, with ``candidates``, the best of them by all their keys.
         """
+        blocks: list[int] = self.choose(q, scale, token).tolist()
+        return blocks
+
+    def choose(self, q: Tensor, scale: float, token: int) -> Tensor:
+        """The same (≤ topk,) int64 where they are found: on the device, unless there is no choice."""
         config, n_blocks = self.config, self.blocks.count
         alone, self.shown = q.shape[1] == 1, None
         topk = min(config.topk, n_blocks)
         if topk in (0, n_blocks):
-            return list(range(topk))
+            return torch.arange(topk)
         asking = voters(q, config.max_votes)
         if alone and self.kept is not None and self.kept.serve(token, n_blocks, config.candidate_tokens):
             self.shown = self.kept
         else:
             count = min(max(topk, config.candidates), n_blocks)
             if config.lookup == "similarity":
-                chosen = best(similarity(q, self.blocks.keys), count)
+                chosen = dispatch.best(similarity(q, self.blocks.keys), count)
             else:
                 chosen = self.blocks.most_voted(asking, scale, count)
             if config.candidates:
-                self.shown = self._candidates(token, chosen)
+                self.shown = self._candidates(token, chosen, shared=alone and config.candidate_tokens > 1)
         if self.shown is not None:
             chosen = self.shown.best(asking, scale, topk)
             if alone and config.candidate_tokens > 1:
                 self.kept = self.shown
-        blocks: list[int] = chosen.tolist()
-        return blocks
+        return chosen
 
     def bring(self, blocks: list[int]) -> None:
         """Make ``blocks`` the far keys behind the sinks, through the device cache."""
-        self.selected = list(blocks)
-        if blocks == self.gathered:
-            return
-        slots = torch.tensor(self.cache.fetch(blocks, self._load), device=self.far_k.device)
-        behind = slice(self.n_sinks, self.n_sinks + len(blocks) * self.config.block_size)
-        self.far_k[:, behind] = self.cache.k.index_select(1, slots).flatten(1, 2)
-        self.far_v[:, behind] = self.cache.v.index_select(1, slots).flatten(1, 2)
-        self.gathered = list(blocks)
-        self._rotate_far()
+        self._selected = list(blocks)
+        self.far.gather(blocks, self._load)
 
-    def _rotate_far(self) -> None:
-        """Give the far keys their positions: as if they were one text, from 0 on. ``one_angle`` leaves them at 0."""
-        if self.far_rotary is not None:
-            far = slice(0, self.n_far)
-            self.far_k_rotated[:, far] = self.far_rotary.rotate(self.far_k[:, far], 0)
+    def locate(self, chosen: Tensor) -> Tensor:
+        """Bring ``chosen`` blocks into the device cache and no further: their slots (≤ topk,) int32, on the device. Of
+        candidates that are there all, this waits for nothing."""
+        self._selected = chosen
+        if isinstance(self.shown, CachedCandidates):
+            return self.shown.slots_of(chosen)
+        return to_device(self.cache.fetch(chosen.tolist(), self._load), self.cache.k.device)
 
     def _load(self, blocks: list[int]) -> tuple[Tensor, Tensor]:
-        device = self.far_k.device
-        keys = self.store.keys(blocks, self.index, device) if self.shown is None else self.shown.keys_of(blocks)
-        return keys, self.store.values(blocks, self.index, device)
+        keys = self._keys(blocks) if self.shown is None else self.shown.keys_of(blocks)
+        return keys, self._values(blocks)
 
-    def _candidates(self, token: int, blocks: Tensor) -> Candidates:
-        read = partial(self.store.keys, layer=self.index, device=self.far_k.device)
-        return Candidates(token, self.blocks.count, blocks, read)
+    def _keys(self, blocks: list[int]) -> Tensor:
+        return self.store.keys(blocks, self.index, self.cache.k.device)
 
-    @property
-    def n_far(self) -> int:
-        """Sinks and looked-up keys."""
-        return self.n_sinks + len(self.selected) * self.config.block_size
+    def _values(self, blocks: list[int]) -> Tensor:
+        return self.store.values(blocks, self.index, self.cache.k.device)
+
+    def _candidates(self, token: int, blocks: Tensor, *, shared: bool) -> Candidates:
+        """What a first pass chose; ``shared``: for several tokens that come one by one."""
+        if shared and self.on_gpu and len(blocks) <= self.cache.slots:
+            return CachedCandidates(token, self.blocks.count, blocks, self._keys, self._values, self.cache)
+        return Candidates(token, self.blocks.count, blocks, self._keys)
 
     def attend(
         self,
@@ -189,18 +195,18 @@ class MemoryLayer:
             (q_heads, n, head_dim)
         """
         n = q.shape[1]
+        window, far, token = self.window, self.far, first_token + len(self.window)
         self.append(q, k, v)
-        blocks = self.look_up(q, scale, first_token + len(self.window)) if self.blocks.count else []
         told = recorder is not None and recorder.wants(self.index)
         if n == 1 and not told and dispatch.backend(q) == "triton":
-            return dispatch.decode_attention(q[:, 0], self._decode_keys(blocks), scale=scale, softcap=softcap).out
-        self.bring(blocks)
-        window, n_far = self.window, self.n_far
+            slots = self.locate(self.choose(q, scale, token))
+            return self.decoder.attend(q, slots, scale=scale, softcap=softcap)
+        self.bring(self.look_up(q, scale, token) if self.blocks.count else [])
         q_near = window.rotate_queries(q)
         parts = []
-        if n_far:
-            q_far, far_k = self._rotated_far(q)
-            parts.append(attend(q_far, far_k, self.far_v[:, :n_far], scale=scale, softcap=softcap))
+        if far.n:
+            q_far, far_k = far.rotated(q)
+            parts.append(attend(q_far, far_k, far.v[:, : far.n], scale=scale, softcap=softcap))
         past, end = slice(window.start, window.stop), window.stop + n
         if n == 1:  # the window and the token itself are one unmasked set
             past = slice(window.start, end)
@@ -212,46 +218,18 @@ class MemoryLayer:
             parts.append(attend(q_near, own_k, own_v, scale=scale, softcap=softcap, causal=True))
         merged = merge(parts)
         if recorder is not None and told:
-            logits = [_logits(q_far[:, -1:], far_k, scale, softcap)] if n_far else []
+            logits = [_logits(q_far[:, -1:], far_k, scale, softcap)] if far.n else []
             logits.append(_logits(q_near[:, -1:], window.k_rotated[:, window.start : end], scale, softcap))
-            recorder.record(self.index, self.n_sinks, self.selected, first_token, logits)
+            recorder.record(self.index, far.n_sinks, self.selected, first_token, logits)
         return merged.out
-
-    def _decode_keys(self, blocks: list[int]) -> DecodeKeys:
-        """What a token decoded alone attends to, where it lies: the far keys are not gathered."""
-        window, device = self.window, self.far_k.device
-        slots = torch.tensor(self.cache.fetch(blocks, self._load), dtype=torch.int32, device=device)
-        self.selected = list(blocks)
-        angles = None
-        if window.rotary is not None:
-            table = self.far_rotary or window.rotary
-            distance = self.config.n_local if self.far_rotary is None else None
-            angles = Angles(*table.angles, table.rotary.interleaved, distance)
-        return DecodeKeys(
-            *(self.far_k, self.far_v, self.cache.k, self.cache.v, slots, window.k_rotated, window.v),
-            bounds(self.n_sinks, len(blocks), window.start, window.stop + 1, device),
-            angles,
-        )
-
-    def _rotated_far(self, q: Tensor) -> tuple[Tensor, Tensor]:
-        """The queries as the far keys see them, and those keys, rotated as the configuration says."""
-        far_k = self.far_k_rotated[:, : self.n_far]
-        if self.far_rotary is not None:
-            return self.far_rotary.rotate(q, self.n_far + len(self.window)), far_k
-        if self.window.rotary is not None:
-            # Keys at position 0, which is no rotation; queries at n_local: one distance for all (paper, 3.2).
-            return self.window.rotary.rotate_all_to(q, self.config.n_local), far_k
-        return q, far_k
 
     # -- between chunks: seal -----------------------------------------------------------------------------------
 
     def keep_sinks(self) -> None:
         """The session's first tokens leave the window and become the sinks."""
         window, n = self.window, self.config.n_init
-        self.far_k[:, :n] = window.k[:, window.start : window.start + n]
-        self.far_v[:, :n] = window.v[:, window.start : window.start + n]
-        self.n_sinks = n
-        self._rotate_far()
+        first = slice(window.start, window.start + n)
+        self.far.keep_sinks(window.k[:, first], window.v[:, first])
         window.drop(n)
 
     def seal(self, first: int, count: int) -> None:
@@ -280,27 +258,24 @@ class MemoryLayer:
 
     def state(self, length: int) -> LayerState:
         """Sinks and window, without what is staged, and candidates that would serve the session's next token; views."""
-        sinks = torch.stack([self.far_k[:, : self.n_sinks], self.far_v[:, : self.n_sinks]])
         kept = self.kept
         if kept is not None and not kept.serve(length, self.blocks.count, self.config.candidate_tokens):
             kept = None
-        return LayerState(sinks, self.window.held(), None if kept is None else kept.blocks)
+        return LayerState(self.far.sinks(), self.window.held(), None if kept is None else kept.blocks)
 
     def restore(self, first_window_token: int, state: LayerState) -> None:
         """Bring an empty layer to a state. Blocks are brought again when they are next looked up."""
-        self.n_sinks = state.sinks.shape[2]
-        self.far_k[:, : self.n_sinks], self.far_v[:, : self.n_sinks] = state.sinks
-        self._rotate_far()
+        self.far.keep_sinks(*state.sinks)
         self.window.restore(first_window_token, state.window)
         if state.candidates is not None:
             last = first_window_token + len(self.window) - 1
-            blocks = state.candidates.to(self.far_k.device, torch.int64)
-            self.kept = self._candidates(last, blocks)
+            blocks = state.candidates.to(self.cache.k.device, torch.int64)
+            self.kept = self._candidates(last, blocks, shared=True)
 
     def device_bytes(self) -> int:
-        far = [self.far_k, self.far_v] + ([self.far_k_rotated] if self.far_rotary is not None else [])
-        kept = self.config.kept_candidates * self.config.block_size * self.far_k[:, :1].nbytes
-        return self.window.device_bytes() + self.cache.device_bytes() + sum(buffer.nbytes for buffer in far) + kept
+        kept = 0 if self.on_gpu else self.config.kept_candidates  # there they are in the cache
+        kept_bytes = kept * self.config.block_size * self.far.k[:, :1].nbytes
+        return self.window.device_bytes() + self.cache.device_bytes() + self.far.device_bytes() + kept_bytes
 
 
 class ContextMemory:
@@ -333,8 +308,9 @@ class ContextMemory:
         self.n_sinks = 0
         remembering = {number: spec for number, spec in specs.items() if spec.sliding_window is None}
         self.store = BlockStore(block_shape(config, remembering, dtype), self.tiers)
+        bounds = Bounds(device)
         self.layers: dict[int, MemoryLayer] = {
-            number: MemoryLayer(index, spec, config, self.store, device)
+            number: MemoryLayer(index, spec, config, self.store, device, bounds)
             for index, (number, spec) in enumerate(remembering.items())
         }
         self.sliding: dict[int, SlidingLayer] = {

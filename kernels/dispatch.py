@@ -78,9 +78,14 @@ def attention_mass(q: Tensor, keys: Tensor, scale: float) -> Tensor:
 
 
 def best(scores: Tensor, count: int) -> Tensor:
-    """The (min(count, blocks),) blocks with the highest of ``scores`` (blocks,), ascending, without waiting for the
-    device: how many there are is known beforehand."""
-    return scores.topk(min(count, len(scores)), sorted=False).indices.sort().values
+    """The (min(count, blocks),) blocks with the highest of ``scores`` (blocks,), ascending. A GPU is not waited for:
+    how many there are is known beforehand."""
+    highest = scores.topk(min(count, len(scores)), sorted=False).indices
+    if backend(scores) == "triton":
+        return highest.sort().values
+    chosen = torch.zeros_like(scores, dtype=torch.bool)
+    chosen[highest] = True
+    return chosen.nonzero().squeeze(1)
 
 
 def mean_keys(k: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ LAYERS = [
     ["errors", "config", "tools", "threads", "signals", "logs", "files"],
     ["kernels"],
     ["origin", "planes", "hostcache", "tiers", "blockfile", "blocks", "index", "candidates", "state", "window"],
-    ["layers", "memory"],
+    ["far", "decode", "layers", "memory"],
     ["hub", "attention", "batch", "probe", "scheduler", "weights", "model", "snapshot"],
     [
         *["trace", "database", "locks", "records", "integrity", "catalog", "store", "tailfile", "fork"],

@@ -120,13 +120,13 @@ def test_shares_of_sinks_blocks_and_window_are_those_of_the_softmax(positions: s
     for number, layer in memory.layers.items():
         blocks, first_token, shares = shown[layer.index]
         window = layer.window
-        values = torch.cat([layer.far_v[:, : layer.n_far], window.v[:, window.start : window.stop]], dim=1)
+        values = torch.cat([layer.far.v[:, : layer.far.n], window.v[:, window.start : window.stop]], dim=1)
         if values.shape[1] > shares.shape[1]:  # what has left the window since
             raise AssertionError("the step has sealed a block; choose another length")
         out = torch.einsum("hgm,hmd->hgd", shares.view(2, 2, -1), values.float()).flatten(0, 1)
         assert torch.allclose(out, outputs[number][:, 0], atol=1e-5)
         (kept_layer,) = [each for each in trace.layers if each.layer == number]
-        far = shares.mean(0)[4 : layer.n_far].view(-1, 8).sum(1)
+        far = shares.mean(0)[4 : layer.far.n].view(-1, 8).sum(1)
         expected = sorted(zip(far.tolist(), blocks, strict=True), reverse=True)
         assert kept_layer.blocks.tolist() == [block for _, block in expected]
         assert kept_layer.attention == pytest.approx([share for share, _ in expected], rel=0.01, abs=1e-5)

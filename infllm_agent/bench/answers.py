@@ -26,8 +26,8 @@ from infllm_agent.model import LocalModel
 #: The sources that decide what is answered; a change of what they do makes earlier answers void.
 READER_CODE = ("bench/rag", "bench/readers")
 MEMORY_CODE = (
-    *("attention", "blockfile", "blocks", "candidates", "config", "hostcache", "index", "layers", "memory", "model"),
-    *("planes", "probe", "state", "tiers", "weights", "window"),
+    *("attention", "blockfile", "blocks", "candidates", "config", "decode", "far", "hostcache", "index", "layers"),
+    *("memory", "model", "planes", "probe", "state", "tiers", "weights", "window"),
 )
 
 

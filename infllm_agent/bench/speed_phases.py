@@ -17,8 +17,8 @@ from infllm_agent.model import LocalModel
 #: What each method does. Inside one phase another may begin; the first one's clock stands still meanwhile.
 PHASES: dict[str, list[tuple[type, str]]] = {
     "projection": [(LocalModel, "_step")],  # all of a forward that is nothing else
-    "lookup": [(MemoryLayer, "look_up")],
-    "load": [(MemoryLayer, "bring"), (BlockStore, "keys"), (BlockStore, "values")],
+    "lookup": [(MemoryLayer, "look_up"), (MemoryLayer, "choose")],
+    "load": [(MemoryLayer, "bring"), (MemoryLayer, "locate"), (BlockStore, "keys"), (BlockStore, "values")],
     "attention": [(MemoryLayer, "attend"), (SlidingLayer, "attend")],
     "sealing": [(ContextMemory, "reserve"), (ContextMemory, "advance")],
     "sampling": [(Sampler, "pick")],

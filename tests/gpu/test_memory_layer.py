@@ -22,22 +22,22 @@ pytestmark = pytest.mark.gpu
 
 def decode_keys(layer: MemoryLayer) -> DecodeKeys:
     """Of a layer that has just attended to one token and has not advanced."""
-    window, device = layer.window, layer.far_k.device
+    window, far, device = layer.window, layer.far, layer.cache.k.device
     slots = torch.tensor(layer.cache.fetch(layer.selected, layer._load), dtype=torch.int64, device=device)
     angles = None
     if window.rotary is not None:
-        table = layer.far_rotary or window.rotary
-        distance = None if layer.far_rotary is not None else layer.config.n_local
+        table = far.rotary or window.rotary
+        distance = None if far.rotary is not None else layer.config.n_local
         angles = Angles(*table.angles, table.rotary.interleaved, distance)
     return DecodeKeys(
-        layer.far_k,
-        layer.far_v,
+        far.k,
+        far.v,
         layer.cache.k,
         layer.cache.v,
         slots,
         window.k_rotated,
         window.v,
-        bounds(layer.n_sinks, len(layer.selected), window.start, window.stop + 1, device),
+        bounds(far.n_sinks, len(layer.selected), window.start, window.stop + 1, device),
         angles,
     )
 
