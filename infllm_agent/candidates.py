@@ -13,6 +13,9 @@ from infllm_agent.kernels import dispatch
 from infllm_agent.kernels.decode import to_device
 from infllm_agent.kernels.lookup import attention_mass
 
+#: Gives the keys, or values, (n, kv_heads, block_size, head_dim) of blocks.
+Read = Callable[[list[int]], Tensor]
+
 
 class Candidates:
     """What one layer's first pass chose.
@@ -25,10 +28,10 @@ class Candidates:
         token: number in the session of the first token that asked for them.
         of: how many blocks there were.
         blocks: (n,) int64, ascending.
-        read: gives the keys (n, kv_heads, block_size, head_dim) of blocks.
+        read: gives their keys.
     """
 
-    def __init__(self, token: int, of: int, blocks: Tensor, read: Callable[[list[int]], Tensor]) -> None:
+    def __init__(self, token: int, of: int, blocks: Tensor, read: Read) -> None:
         self.token = token
         self.of = of
         self.blocks = blocks
@@ -62,19 +65,11 @@ class CachedCandidates(Candidates):
     from: most lie there from the candidates before.
 
     Args:
-        values: as ``read``, for values.
+        values: gives their values.
         cache: has at least as many slots.
     """
 
-    def __init__(
-        self,
-        token: int,
-        of: int,
-        blocks: Tensor,
-        read: Callable[[list[int]], Tensor],
-        values: Callable[[list[int]], Tensor],
-        cache: BlockCache,
-    ) -> None:
+    def __init__(self, token: int, of: int, blocks: Tensor, read: Read, values: Read, cache: BlockCache) -> None:
         super().__init__(token, of, blocks, read)
         self._values = values
         self._cache = cache

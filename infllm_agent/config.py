@@ -89,7 +89,9 @@ class MemoryConfig(Settings):
         16, ge=1, description="execution chunk of the last tokens before an answer: so few, that each has its say"
     )
     question_tail: int = Field(64, ge=0, description="how many of the last tokens before an answer go in such chunks")
-    max_cached_block: int = Field(256, ge=0, description="blocks kept on the device per layer (LRU)")
+    max_cached_block: int = Field(
+        256, ge=0, description="blocks kept on the device per layer (LRU); on a GPU, at least as many as candidates"
+    )
     block_dtype: BlockDtype = Field(
         "model",
         description="how blocks are stored below the device: as the model computes, or as int8, in half the bytes",

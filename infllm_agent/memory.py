@@ -16,6 +16,7 @@ and a session that fits the window is computed exactly as by full attention.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from infllm_agent.blockfile import BlockFiles
 from infllm_agent.blocks import BlockCache, BlockStore
-from infllm_agent.candidates import CachedCandidates, Candidates
+from infllm_agent.candidates import CachedCandidates, Candidates, Read
 from infllm_agent.config import MemoryConfig
 from infllm_agent.decode import Decoder
 from infllm_agent.far import FarKeys
@@ -159,20 +160,21 @@ class MemoryLayer:
         return to_device(self.cache.fetch(chosen.tolist(), self._load), self.cache.k.device)
 
     def _load(self, blocks: list[int]) -> tuple[Tensor, Tensor]:
-        keys = self._keys(blocks) if self.shown is None else self.shown.keys_of(blocks)
-        return keys, self._values(blocks)
-
-    def _keys(self, blocks: list[int]) -> Tensor:
-        return self.store.keys(blocks, self.index, self.cache.k.device)
-
-    def _values(self, blocks: list[int]) -> Tensor:
-        return self.store.values(blocks, self.index, self.cache.k.device)
+        keys, values = self._readers()
+        return keys(blocks) if self.shown is None else self.shown.keys_of(blocks), values(blocks)
 
     def _candidates(self, token: int, blocks: Tensor, *, shared: bool) -> Candidates:
         """What a first pass chose; ``shared``: for several tokens that come one by one."""
+        keys, values = self._readers()
         if shared and self.on_gpu and len(blocks) <= self.cache.slots:
-            return CachedCandidates(token, self.blocks.count, blocks, self._keys, self._values, self.cache)
-        return Candidates(token, self.blocks.count, blocks, self._keys)
+            return CachedCandidates(token, self.blocks.count, blocks, keys, values, self.cache)
+        return Candidates(token, self.blocks.count, blocks, keys)
+
+    def _readers(self) -> tuple[Read, Read]:
+        """Keys and values of stored blocks. They do not refer to the layer: what keeps them must not keep it."""
+        device = self.cache.k.device
+        keys, values = (partial(read, layer=self.index, device=device) for read in (self.store.keys, self.store.values))
+        return keys, values
 
     def attend(
         self,

@@ -13,7 +13,7 @@ from torch import Tensor
 from infllm_agent.config import MemoryConfig
 from infllm_agent.kernels import dispatch
 from infllm_agent.kernels.decode import Angles, DecodeKeys, bounds
-from infllm_agent.memory import MemoryLayer
+from infllm_agent.memory import ContextMemory, MemoryLayer
 from infllm_agent.model import LocalModel
 
 pytest.importorskip("triton")
@@ -107,3 +107,32 @@ def test_a_model_answers_the_same(name: str, rules: dict[str, Any], device: torc
             logits.append(torch.stack([model.forward(ids[a:b], memory) for a, b in pairwise(cuts)]))
     assert memory.store.count > 10
     assert torch.allclose(logits[0], logits[1], atol=1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_token_whose_candidates_are_kept_waits_for_nothing(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = MemoryConfig(n_init=5, n_local=24, block_size=8, topk=3, candidates=6, chunk_size=16, max_cached_block=3)
+    model = LocalModel.attach(build(*ARCHITECTURES["llama"]).to(device), None)
+    memory, quiet = model.new_memory(config), 0
+    attend = ContextMemory.attend
+
+    def watched(self: ContextMemory, layer: int, *arguments: Any, **options: Any) -> Tensor:
+        nonlocal quiet
+        kept, before = self.layers[layer].kept, torch.cuda.get_sync_debug_mode()
+        if kept is not None and kept.serve(self.length, self.store.count, config.candidate_tokens):
+            quiet += 1
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            return attend(self, layer, *arguments, **options)
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+
+    ids = torch.randint(3, 97, (160,), generator=torch.Generator().manual_seed(2)).tolist()
+    for start in range(0, 128, 16):
+        model.forward(ids[start : start + 16], memory)
+    monkeypatch.setattr(ContextMemory, "attend", watched)
+    for token in ids[128:]:
+        model.forward([token], memory)
+    assert quiet > 20 * len(memory.layers)
