@@ -5,9 +5,10 @@ Per attention layer, past tokens fall into three groups, oldest first (paper, se
     [ sinks: first n_init ] [ evicted tokens, in blocks of block_size ] [ local window: at least the last n_local ]
 
 A chunk of tokens goes through every layer as: *append* it behind the window, *look up* the blocks its queries ask
-for, *bring* them to the device, *attend* to sinks, those blocks and the window in one softmax. When all layers are
-done, ``advance`` makes the chunk part of the window and *seals* what has left it into blocks. Until then nothing of
-the past is changed, so a forward that fails or is interrupted midway can simply be run again.
+for, *bring* them to the device (a token that is fed alone on a GPU does with *locating* them in the cache), *attend* to
+sinks, those blocks and the window in one softmax. When all layers are done, ``advance`` makes the chunk part of the
+window and *seals* what has left it into blocks. Until then nothing of the past is changed, so a forward that fails or
+is interrupted midway can simply be run again.
 
 The window holds every token that is neither a sink nor in a block yet: no token is ever out of sight of the lookup,
 and a session that fits the window is computed exactly as by full attention.
