@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from infllm_agent.errors import CorruptSession, StorageError
-from infllm_agent.files import share, sync_folder
+from infllm_agent.files import copy_beginning, share, sync_folder
 from infllm_agent.origin import Origin, Parts
 from infllm_agent.planes import CRC_BYTES, BlockShape, checksum
 from infllm_agent.threads import in_background, in_parallel
@@ -190,7 +190,7 @@ class BlockFiles:
                     block, data, crc = blocks[done], into[done, :size].data, bytearray(CRC_BYTES)
                     at = self._place(block % SEGMENT_BLOCKS) + place
                     whole = os.preadv(descriptor, [data, crc], at) == size + CRC_BYTES
-                    if not whole or checksum(data, block, plane) != crc:
+                    if not whole or checksum(data, block, plane) != crc or self._may_be_hole(crc, block):
                         absent.append(done)
                     done += 1
             if absent:
@@ -198,14 +198,14 @@ class BlockFiles:
 
     def _fetch(self, segment: int, absent: dict[int, memoryview], plane: int) -> None:
         """Planes that are not in the folder come from the origin, and stay."""
-        if self.origin is None or not self.origin.has(self._ids[segment]):
+        if self.origin is None or any(self._object(block) is None for block in absent):
             raise self._damage(next(iter(absent)), plane)
         start, size = self.shape.place(plane), self.shape.plane_bytes(plane)
         wanted = [(block % SEGMENT_BLOCKS, start, start + size + CRC_BYTES) for block in absent]
         pieces = self.origin.records(self._ids[segment], wanted, self._row_bytes, self.shape.stride)
         for (block, into), piece in zip(absent.items(), pieces, strict=True):
             if checksum(memoryview(piece)[:size], block, plane) != piece[size:]:
-                raise self._damage(block, plane)
+                raise self._damage(block, plane, self._object(block))
             into[:] = piece[:size]
         self._keep(segment, [(self._place(w[0]) + w[1], piece) for w, piece in zip(wanted, pieces, strict=True)])
 
@@ -224,23 +224,36 @@ class BlockFiles:
         record = np.zeros(self.shape.stride, dtype=np.uint8)
         with self._open(block // SEGMENT_BLOCKS) as descriptor:
             os.preadv(descriptor, [record.data], self._place(block % SEGMENT_BLOCKS))
-        if (damaged := self._first_damaged(record, block)) is not None:
+        if (damaged := self._first_damaged(record, block, here=True)) is not None:
             segment = block // SEGMENT_BLOCKS
-            if self.origin is None or not self.origin.has(self._ids[segment]):
+            if self.origin is None or self._object(block) is None:
                 raise self._damage(block, damaged)
             wanted = [(block % SEGMENT_BLOCKS, 0, self.shape.stride)]
             [piece] = self.origin.records(self._ids[segment], wanted, self._row_bytes, self.shape.stride)
             record = np.frombuffer(piece.ljust(self.shape.stride, b"\0"), dtype=np.uint8).copy()
             if (damaged := self._first_damaged(record, block)) is not None:
-                raise self._damage(block, damaged)
+                raise self._damage(block, damaged, self._object(block))
             self._keep(segment, [(self._place(block % SEGMENT_BLOCKS), piece)])
         return torch.from_numpy(record)
 
-    def _first_damaged(self, record: np.ndarray[tuple[int], np.dtype[np.uint8]], block: int) -> int | None:
+    def _object(self, block: int) -> str | None:
+        """Where in the bucket a block is."""
+        segment, index = divmod(block, SEGMENT_BLOCKS)
+        return None if self.origin is None else self.origin.object(self._ids[segment], index)
+
+    def _may_be_hole(self, crc: bytes | bytearray, block: int) -> bool:
+        """Zeros have the checksum 0 in one place of four billion: where the bucket has the block, it is asked."""
+        return not any(crc) and self._object(block) is not None
+
+    def _first_damaged(
+        self, record: np.ndarray[tuple[int], np.dtype[np.uint8]], block: int, *, here: bool = False
+    ) -> int | None:
+        """The first plane of a record that fails its checksum, or, if it was read here, may be a hole."""
         for plane in range(self.shape.planes):
             start = self.shape.place(plane)
             stop = start + self.shape.plane_bytes(plane)
-            if checksum(record[start:stop].data, block, plane) != record[stop : stop + CRC_BYTES].tobytes():
+            crc = record[stop : stop + CRC_BYTES].tobytes()
+            if checksum(record[start:stop].data, block, plane) != crc or (here and self._may_be_hole(crc, block)):
                 return plane
         return None
 
@@ -320,9 +333,21 @@ class BlockFiles:
         records = [self.record(segment * SEGMENT_BLOCKS + index) for index in range(first, stop)]
         return b"".join(part.numpy().tobytes() for part in [keys, *records])
 
-    def common(self, other: BlockFiles) -> list[int]:
-        """The segments that are the same ones in another folder."""
-        return [number for number, pair in enumerate(zip(self._ids, other._ids, strict=False)) if pair[0] == pair[1]]
+    def give(self, other: BlockFiles) -> None:
+        """Let another folder, which is empty, have what is here of the same segments.
+
+        What lies behind the blocks that count here was never committed. There other blocks are in its place, so a
+        segment that is not full is copied without it.
+
+        Raises:
+            OSError.
+        """
+        for number, (path, size) in enumerate(self.files()):
+            if number < len(other._ids) and self._ids[number] == other._ids[number] and path.is_file():
+                if size == self._place(SEGMENT_BLOCKS):
+                    share(path, segment_path(other.folder, number))
+                else:
+                    copy_beginning(path, segment_path(other.folder, number), size)
 
     def files(self) -> Iterator[tuple[Path, int]]:
         """The files, each with how many of its first bytes are needed; what is behind them is of no commit."""
@@ -370,8 +395,8 @@ class BlockFiles:
         finally:
             os.close(descriptor)
 
-    def _damage(self, block: int, plane: int) -> CorruptSession:
-        path = segment_path(self.folder, block // SEGMENT_BLOCKS)
+    def _damage(self, block: int, plane: int, path: Path | str | None = None) -> CorruptSession:
+        path = path or segment_path(self.folder, block // SEGMENT_BLOCKS)
         what = f"layer {plane // 2}: {'values' if plane % 2 else 'keys'}"
         return CorruptSession(f"{path}: block {block}, {what} are cut off or fail their checksum")
 

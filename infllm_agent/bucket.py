@@ -17,10 +17,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import tempfile
 import uuid
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from os import PathLike
@@ -28,11 +29,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from infllm_agent.archive import Stored, copy_commit, tail_name
-from infllm_agent.blockfile import BlockFiles, segment_path
+from infllm_agent.blockfile import BlockFiles
 from infllm_agent.catalog import SESSION_DATABASE, Catalog, check_name
 from infllm_agent.database import storage_errors
 from infllm_agent.errors import CorruptSession, InfLLMError, UnknownSession
-from infllm_agent.files import share
+from infllm_agent.files import sync_folder
 from infllm_agent.integrity import FOREIGN
 from infllm_agent.origin import BucketError, Origin, Parts, as_parts, bucket_errors, open_bucket, part_name
 from infllm_agent.store import SessionStore
@@ -54,6 +55,7 @@ class Manifest(NamedTuple):
         tail: the name of the tail in the session's folder; None if nothing was committed.
         digests: SHA-256 of the database and of the tail.
         parts: of each segment, by its id.
+        deleted: the session was deleted; there is nothing else of it.
     """
 
     number: int
@@ -63,6 +65,7 @@ class Manifest(NamedTuple):
     tail: str | None
     digests: tuple[str, str]
     parts: dict[str, Parts]
+    deleted: bool = False
 
     def to_bytes(self) -> bytes:
         text = json.dumps({"format": FORMAT, **self._asdict()}, sort_keys=True).encode()
@@ -125,16 +128,17 @@ class Bucket:
         """
         catalog = Catalog(root)
         folder = catalog.folder(catalog.require(name))
-        last, origin = self.last(name), self._origin(folder)
-        if last is not None and last.id == origin.publishing:  # the process ended just behind it
-            origin = Origin(self.url, last.id, last.generation, None, last.parts)
-        if last is not None and last.id != origin.base:
-            raise self._diverged(name)
+        found = self._list(self._session(name))  # before the last manifest is read: what comes later is of a later one
+        last, origin = self._newest(name), self._origin(folder)
+        if last is not None and last.id in origin.publishing:  # the process ended just behind it
+            origin = Origin(self.url, last.id, last.generation, (), last.parts)
+        if not self._continues(origin, last):
+            raise self._diverged(name, last)
         with tempfile.TemporaryDirectory(prefix="infllm-agent-") as temporary:
             private = Path(temporary)
             stored = copy_commit(folder, private)
             generation = stored.head.number
-            if last is not None and generation == origin.generation:
+            if origin.base is not None and generation == origin.generation:
                 return Published(0, 0)
             blocks = stored.blocks(private, elsewhere=folder)
             database = (private / SESSION_DATABASE).read_bytes()
@@ -150,7 +154,7 @@ class Bucket:
                 {} if blocks is None else blocks.parts(origin.parts, id),
             )
             with storage_errors(folder):
-                replace(origin, publishing=id).write(folder)
+                replace(origin, publishing=(*origin.publishing, id)).write(folder)
             count = size = 0
             for path, data in self._objects(new, blocks, database, tail):
                 self._write(path, data)
@@ -159,10 +163,13 @@ class Bucket:
             try:
                 self._write(f"{self._session(name)}/{new.number:012d}.json", manifest, create=True)
             except FileExistsError:
-                raise self._diverged(name) from None
+                there = self._newest(name)
+                if there is None or there.id != id:  # else the store was asked twice, and had done it the first time
+                    raise self._diverged(name, there) from None
         with storage_errors(folder):
-            Origin(self.url, id, generation, None, new.parts).write(folder)
-        self._collect(name, {new.id, f"{new.number:012d}", *((last.id, f"{last.number:012d}") if last else ())})
+            Origin(self.url, id, generation, (), new.parts).write(folder)
+        self._collect(found, {new.id, f"{new.number:012d}", *((last.id, f"{last.number:012d}") if last else ())})
+        self._collect_parts(new, origin)
         return Published(count + 1, size + len(manifest))
 
     def pull(self, root: str | PathLike[str], name: str) -> bool:
@@ -176,29 +183,41 @@ class Bucket:
             SessionLocked: it is behind, and open.
             Diverged: it is behind, and has commits that were never published.
         """
-        last, catalog = self.last(name), Catalog(root)
-        if last is None:
-            return False
+        while True:
+            last = self._newest(name)
+            try:
+                return last is not None and self._pull(root, last)
+            except CorruptSession:
+                if self._newest(name) == last:  # else it was replaced while it was fetched
+                    raise
+
+    def _pull(self, root: str | PathLike[str], last: Manifest) -> bool:
+        catalog, name = Catalog(root), last.name
+        info = None
         if (id := catalog.find(name)) is not None:
             folder = catalog.folder(id)
             origin = self._origin(folder)
-            if last.id in (origin.base, origin.publishing):
+            if self._continues(origin, last) or last.id in origin.publishing:
                 return False
             with SessionStore.open(root, name) as store:  # SessionLocked: somebody works with it
                 if store.generation != origin.generation:
-                    raise self._diverged(name)
+                    raise self._diverged(name, last)
+                info = store.info
         with catalog.staging() as staged:
-            self._fetch(last, staged)
-            with storage_errors(staged):
-                Origin(self.url, last.id, last.generation, None, last.parts).write(staged)
-            blocks = Stored.read(staged).blocks(staged)
-            if blocks is not None:
+            if not last.deleted:
+                self._fetch(last, staged)
                 with storage_errors(staged):
-                    for segment in self._fetched(folder, blocks) if id is not None else ():
-                        share(segment_path(folder, segment), segment_path(staged, segment))
-                    blocks.make_sparse()
-            if id is not None:
-                catalog.delete(name)
+                    Origin(self.url, last.id, last.generation, (), last.parts).write(staged)
+                blocks = Stored.read(staged).blocks(staged)
+                if blocks is not None:
+                    with storage_errors(staged):
+                        if info is not None:
+                            self._give(folder, blocks)
+                        blocks.make_sparse()
+            if info is not None and not catalog.delete_unchanged(info):
+                raise self._diverged(name, last)
+            if last.deleted:
+                return info is not None
 
             def fill(folder: Path) -> None:
                 for path in staged.iterdir():
@@ -208,20 +227,19 @@ class Bucket:
         return True
 
     def is_current(self, root: str | PathLike[str], name: str) -> bool:
-        """Whether no other machine has published the session since the local folder was."""
-        last, catalog = self.last(name), Catalog(root)
+        """Whether no other machine has published the session, or deleted it, since the local folder was."""
+        last, catalog = self._newest(name), Catalog(root)
         if last is None:
             return True
-        id = catalog.find(name)
-        return id is not None and last.id in (
-            (origin := self._origin(catalog.folder(id))).base,
-            origin.publishing,
-        )
+        if (id := catalog.find(name)) is None:
+            return last.deleted
+        origin = self._origin(catalog.folder(id))
+        return self._continues(origin, last) or last.id in origin.publishing
 
     def names(self) -> Sequence[str]:
         """The published sessions."""
         found = (self._last(path) for path in self._list("sessions"))
-        return sorted(manifest.name for manifest in found if manifest is not None)
+        return sorted(manifest.name for manifest in found if manifest is not None and not manifest.deleted)
 
     def delete(self, name: str) -> None:
         """Remove a session, and the blocks that no other published session has. Publish a fork before its source is
@@ -229,30 +247,43 @@ class Bucket:
 
         Raises:
             UnknownSession.
+            Diverged: another machine has published it at the same time.
         """
-        last = self.last(name)
+        found, last = self._list(self._session(check_name(name))), self.last(name)
         if last is None:
             raise UnknownSession(f'session "{name}" is not in the bucket {self.url}')
-        shared = {id for other in self.names() if other != name for id in (self.last(other) or last).parts}
-        with bucket_errors(self.url):
-            self._fs.rm(f"{self._path}/{self._session(name)}", recursive=True)
-            for id in last.parts.keys() - shared:
-                with suppress(FileNotFoundError):
-                    self._fs.rm(f"{self._path}/segments/{id}", recursive=True)
+        gone = Manifest(last.number + 1, uuid.uuid4().hex, name, 0, None, ("", ""), {}, deleted=True)
+        try:
+            self._write(f"{self._session(name)}/{gone.number:012d}.json", gone.to_bytes(), create=True)
+        except FileExistsError:
+            raise self._diverged(name, self._newest(name)) from None
+        self._collect(found, {gone.id, f"{gone.number:012d}"})
+        self._remove_segments(last.parts.keys(), name)
 
-    def delete_with(self, root: str | PathLike[str], name: str) -> None:
-        """``delete``, before the local session is deleted; one that another machine has continued stays."""
-        if Catalog(root).find(name) is not None and self.is_current(root, name) and self.last(name) is not None:
-            self.delete(name)
+    def has(self, root: str | PathLike[str], name: str) -> bool:
+        """Whether the bucket has a session that is here, and nobody has continued it elsewhere."""
+        return Catalog(root).find(name) is not None and self.last(name) is not None and self.is_current(root, name)
 
     def last(self, name: str) -> Manifest | None:
-        """The last published commit of a session; None: there is none."""
+        """The last published commit of a session; None: there is none, or the session was deleted."""
+        newest = self._newest(name)
+        return None if newest is None or newest.deleted else newest
+
+    # -- how -----------------------------------------------------------------------------------------------------------
+
+    def _newest(self, name: str) -> Manifest | None:
+        """The last manifest of a session, perhaps that of its deletion."""
         manifest = self._last(self._session(check_name(name)))
         if manifest is not None and manifest.name != name:
             raise CorruptSession(f'bucket {self.url}: session "{manifest.name}" is in the place of "{name}"')
         return manifest
 
-    # -- how -----------------------------------------------------------------------------------------------------------
+    @staticmethod
+    def _continues(origin: Origin, last: Manifest | None) -> bool:
+        """Whether a folder goes on from the last manifest, or begins a session where there is none."""
+        if origin.base is None:
+            return last is None or last.deleted
+        return last is not None and last.id == origin.base
 
     def _last(self, session: str) -> Manifest | None:
         for number in sorted(self._numbers(session), reverse=True):
@@ -288,14 +319,30 @@ class Bucket:
             with bucket_errors(self.url):
                 if getattr(self._fs, "local_file", False):  # fsspec's own way to create looks first, and writes then
                     self._fs.makedirs(place.rpartition("/")[0], exist_ok=True)
-                    with open(place, "xb" if create else "wb") as file:
-                        file.write(data)
+                    self._write_file(Path(place), data, create=create)
                 else:
                     self._fs.pipe_file(place, data, mode="create" if create else "overwrite")
         except BucketError as error:
             if isinstance(error.__cause__, FileExistsError):
                 raise error.__cause__ from None
             raise
+
+    @staticmethod
+    def _write_file(path: Path, data: bytes, *, create: bool) -> None:
+        """On stable storage, and whole whenever it is seen."""
+        made = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
+        try:
+            with open(made, "xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            if create:
+                os.link(made, path)
+            else:
+                os.replace(made, path)
+        finally:
+            made.unlink(missing_ok=True)
+        sync_folder(path.parent)
 
     def _objects(
         self, new: Manifest, blocks: BlockFiles | None, database: bytes, tail: bytes
@@ -322,13 +369,11 @@ class Bucket:
                 (folder / path).chmod(0o600)
 
     @staticmethod
-    def _fetched(folder: Path, blocks: BlockFiles) -> list[int]:
-        """The segments that a local folder has of some blocks: what was fetched is not fetched again."""
-        try:
-            before = Stored.read(folder).blocks(folder)
-        except CorruptSession:
-            return []
-        return [] if before is None else before.common(blocks)
+    def _give(folder: Path, blocks: BlockFiles) -> None:
+        """Let new files have what a local folder has of them: what was fetched is not fetched again."""
+        with suppress(CorruptSession):
+            if (before := Stored.read(folder).blocks(folder)) is not None:
+                before.give(blocks)
 
     def _origin(self, folder: Path) -> Origin:
         origin = Origin.of(folder)
@@ -338,19 +383,48 @@ class Bucket:
             raise InfLLMError(f"{folder}: belongs to the bucket {origin.url}, not to {self.url}")
         return origin
 
-    def _diverged(self, name: str) -> Diverged:
+    def _diverged(self, name: str, last: Manifest | None) -> Diverged:
+        if last is None:
+            what = f"the bucket {self.url} does not have it any more, though it was published there"
+        else:
+            what = f"another machine has {'deleted' if last.deleted else 'published'} it since"
         return Diverged(
-            f'session "{name}": another machine has published it since; what was committed here is kept in this root: '
+            f'session "{name}": {what}; what was committed here is kept in this root: '
             "fork or export it under another name, then delete it here and pull"
         )
 
-    def _collect(self, name: str, keep: set[str]) -> None:
+    def _collect(self, found: Sequence[str], keep: set[str]) -> None:
         """Remove objects of earlier commits; the last but one stays, for who is just fetching it. What cannot be
-        removed now is removed after the next commit."""
-        for path in self._list(self._session(name)):
+        removed now is removed after the next commit.
+
+        Args:
+            found: what there was before the commit that is kept. What came later is of who goes on from it.
+        """
+        for path in found:
             if path.rpartition("/")[2].partition(".")[0] not in keep:
-                with suppress(Exception):
-                    self._fs.rm(f"{self._path}/{path}")
+                self._remove(path)
+
+    def _collect_parts(self, new: Manifest, before: Origin) -> None:
+        """Remove the parts that this folder uploaded for commits that never were, and those of segments that the
+        session does not have any more."""
+        if before.publishing:
+            for segment, parts in new.parts.items():
+                for path in self._list(f"segments/{segment}") if parts[-1][2] == new.id else ():
+                    if path.rpartition("-")[2] in before.publishing:
+                        self._remove(path)
+        self._remove_segments(before.parts.keys() - new.parts.keys(), new.name)
+
+    def _remove_segments(self, ids: Collection[str], name: str) -> None:
+        """Remove segments, unless a session of another name has them."""
+        if not ids:
+            return
+        others = [self.last(other) for other in self.names() if other != name]
+        for id in set(ids).difference(*(other.parts for other in others if other is not None)):
+            self._remove(f"segments/{id}", recursive=True)
+
+    def _remove(self, path: str, *, recursive: bool = False) -> None:
+        with suppress(Exception):
+            self._fs.rm(f"{self._path}/{path}", recursive=recursive)
 
     @staticmethod
     def _session(name: str) -> str:

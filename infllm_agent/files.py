@@ -31,6 +31,23 @@ def share(old: Path, new: Path) -> None:
         os.fsync(file.fileno())
 
 
+def copy_beginning(old: Path, new: Path, size: int) -> None:
+    """Copy the first bytes of a file, which may be shorter, to a new one.
+
+    Raises OSError.
+    """
+    with open(old, "rb") as source, open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as copy:
+        while size and (piece := source.read(min(size, 1 << 20))):
+            if any(piece):
+                copy.write(piece)
+            else:
+                copy.seek(len(piece), os.SEEK_CUR)  # a hole stays one
+            size -= len(piece)
+        copy.truncate()
+        copy.flush()
+        os.fsync(copy.fileno())
+
+
 def folder_bytes(folder: Path) -> int:
     """What a folder and all in it takes on disk. Files with several names count once.
 

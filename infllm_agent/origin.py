@@ -39,14 +39,14 @@ class Origin:
         url: of the bucket.
         base: the id of the published commit that the folder continues; None: none was published yet.
         generation: of that commit.
-        publishing: the id of one that was being published when this was written: if the bucket has it, it is ours.
+        publishing: the ids of those that were being published since then: if the bucket has one of them, it is ours.
         parts: of each segment, by its id in hexadecimal.
     """
 
     url: str
     base: str | None = None
     generation: int = 0
-    publishing: str | None = None
+    publishing: tuple[str, ...] = ()
     parts: Mapping[str, Parts] = field(default_factory=dict)
 
     @classmethod
@@ -64,7 +64,7 @@ class Origin:
                 str(found["url"]),
                 found["base"],
                 int(found["generation"]),
-                found["publishing"],
+                tuple(map(str, found["publishing"])),
                 {str(id): as_parts(parts) for id, parts in found["parts"].items()},
             )
         except (FileNotFoundError, NotADirectoryError):
@@ -85,8 +85,12 @@ class Origin:
             os.fsync(file.fileno())
         os.replace(new, folder / ORIGIN_FILE)
 
-    def has(self, segment: bytes) -> bool:
-        return segment.hex() in self.parts
+    def object(self, segment: bytes, index: int) -> str | None:
+        """The name of the part that has a block; None if no part has it."""
+        for part in self.parts.get(segment.hex(), ()):
+            if part[0] <= index < part[1]:
+                return f"{self.url}/{part_name(segment.hex(), part)}"
+        return None
 
     def keys(self, segment: bytes, count: int, row_bytes: int) -> bytes:
         """What stands for a segment's first blocks, as far as parts have them, one behind the other."""

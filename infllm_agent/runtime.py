@@ -14,7 +14,7 @@ from infllm_agent.agent import arun_agent, astream_agent, run_agent, stream_agen
 from infllm_agent.agent_events import AgentEvent, AgentRun
 from infllm_agent.archive import import_session
 from infllm_agent.bucket import Bucket
-from infllm_agent.catalog import Catalog, SessionInfo, check_name
+from infllm_agent.catalog import Catalog, SessionExists, SessionInfo, check_name
 from infllm_agent.chat import ChatFormat
 from infllm_agent.config import MemoryConfig, RuntimeConfig
 from infllm_agent.dispatch import Dispatcher
@@ -158,6 +158,8 @@ class AgentRuntime:
             UnknownMessage: ``source`` has not so many messages.
             CorruptSession, StorageError.
         """
+        if self.is_taken(check_name(name)):
+            raise SessionExists(f'session "{name}" already exists: the bucket has it')
         with self._lock:
             if source not in self._sessions:
                 Catalog(self.root).require(source)
@@ -437,9 +439,10 @@ class AgentRuntime:
     def _delete(self, name: str) -> None:
         with self._lock:
             self.drop(name)
-            if self.bucket is not None:
-                self.bucket.delete_with(self.root, name)
-            Catalog(self.root).delete(name)
+            published = self.bucket if self.bucket is not None and self.bucket.has(self.root, name) else None
+            Catalog(self.root).delete(name)  # not if another process has it open
+            if published is not None:
+                published.delete(name)
 
 
 def _metrics(load: Callable[[], Load]) -> Metrics:

@@ -258,7 +258,8 @@ def test_a_process_that_ends_just_after_publishing(url: str, tmp_path: Path, tin
     folder = catalog.folder(catalog.require("ops"))
     now = Origin.of(folder)
     assert now is not None
-    Origin(url, None, 0, now.base).write(folder)
+    assert now.base is not None
+    Origin(url, None, 0, (now.base,)).write(folder)
     with machine(tmp_path, tiny_model, url) as runtime:
         talk(runtime, 1)
     assert Bucket(url).pull(tmp_path / "b", "ops")
