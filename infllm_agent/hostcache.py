@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+import sys
 import threading
 import weakref
 from collections import deque
@@ -14,6 +16,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Blocks = NDArray[np.int64]
+
+
+MAP_NORESERVE = 0x4000  # Linux; Python's mmap does not name it
+
+
+def _reserved(size: int, *, pin: bool) -> Tensor:
+    """Bytes, (size,). Unless they are page-locked, memory is taken as they are first written, and the kernel promises
+    none before: it would refuse to start processes from one whose promises exceed the machine's memory."""
+    if pin or sys.platform != "linux":
+        return torch.empty(size, dtype=torch.uint8, pin_memory=pin)
+    return torch.frombuffer(
+        mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE), dtype=torch.uint8
+    )
 
 
 class SlotTable:
@@ -55,7 +70,7 @@ class HostCache:
             for table in self._tables.values():
                 table.slots[:] = -1
             self.slots = max(2, slots)
-            self._rows = torch.empty((self.slots, self.slot_bytes), dtype=torch.uint8, pin_memory=self.pin)
+            self._rows = _reserved(self.slots * self.slot_bytes, pin=self.pin).view(self.slots, self.slot_bytes)
             self._owner = np.zeros(self.slots, dtype=np.int64)  # number of its table, or 0
             self._plane = np.zeros(self.slots, dtype=np.int32)
             self._block = np.zeros(self.slots, dtype=np.int64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import os
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -120,6 +121,17 @@ def logits(session: Session) -> torch.Tensor:
 
 
 # -- host memory -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what other systems promise is theirs")
+def test_what_a_cache_has_not_taken_is_not_promised_to_it() -> None:
+    """A process whose empty caches exceed the machine's memory can still be forked, as a tool's process is."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    cache = HostCache(2 * memory // (1 << 20), 1 << 20)
+    assert cache.bytes() == 0
+    if (child := os.fork()) == 0:
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 @pytest.mark.parametrize("stored", ["model", "int8"])
