@@ -53,8 +53,8 @@ class MemoryConfig(Settings):
     The defaults are for the small packaged model on a CPU; ``paper()`` has the authors' settings for a window of 8K.
     A larger model reads more at once with profit: raise ``n_local`` and ``topk`` as far as its window goes.
 
-    A step attends to at most ``n_init + topk * block_size`` far keys, the local window, and its own chunk,
-    however long the session is.
+    A step attends to at most ``n_init + topk * block_size`` far keys (``question_topk`` if its chunk is short), the
+    local window, and its own chunk, however long the session is.
     """
 
     n_init: int = Field(64, ge=0, description="attention sinks: the first tokens of the session, always attended")
@@ -89,6 +89,12 @@ class MemoryConfig(Settings):
         16, ge=1, description="execution chunk of the last tokens before an answer: so few, that each has its say"
     )
     question_tail: int = Field(64, ge=0, description="how many of the last tokens before an answer go in such chunks")
+    question_topk: int | None = Field(
+        None,
+        ge=0,
+        description="blocks looked up for a chunk of at most question_chunk tokens, a decoded one included, which "
+        "leaves room for more than a long one; None: topk",
+    )
     max_cached_block: int = Field(
         256, ge=0, description="blocks kept on the device per layer (LRU); on a GPU, at least as many as candidates"
     )
@@ -106,15 +112,16 @@ class MemoryConfig(Settings):
     def _sizes_fit_together(self) -> MemoryConfig:
         if self.block_key == "representatives" and self.repr_topk > self.block_size:
             raise ValueError(f"repr_topk {self.repr_topk} is more than block_size {self.block_size} tokens")
-        if self.topk > self.max_cached_block:
-            raise ValueError(
-                f"topk {self.topk} is more than the cache holds (max_cached_block {self.max_cached_block}); "
-                "lower topk or raise max_cached_block"
-            )
-        if self.candidates and self.candidates < self.topk:
-            raise ValueError(
-                f"candidates {self.candidates} is fewer than topk {self.topk}; raise it, or 0 for no second pass"
-            )
+        for name, topk in (("topk", self.topk), ("question_topk", self.question_topk or 0)):
+            if topk > self.max_cached_block:
+                raise ValueError(
+                    f"{name} {topk} is more than the cache holds (max_cached_block {self.max_cached_block}); "
+                    f"lower {name} or raise max_cached_block"
+                )
+            if self.candidates and self.candidates < topk:
+                raise ValueError(
+                    f"candidates {self.candidates} is fewer than {name} {topk}; raise it, or 0 for no second pass"
+                )
         return self
 
     @classmethod
@@ -129,6 +136,7 @@ class MemoryConfig(Settings):
             candidates=0,
             candidate_tokens=1,
             question_tail=0,
+            question_topk=None,
             positions="one_angle",
         )
 
@@ -142,6 +150,7 @@ class MemoryConfig(Settings):
             "candidates": 0,
             "candidate_tokens": 1,
             "question_tail": 0,
+            "question_topk": None,
             "block_dtype": "model",
         }
         return cls(**{**before_there_was_a_choice, **stored})
@@ -178,6 +187,15 @@ class MemoryConfig(Settings):
         """Whether the token behind a chunk of ``length`` tokens that ends at ``end`` has candidates of its own."""
         return length > 1 or end % self.candidate_tokens == 0
 
+    def topk_for(self, n: int) -> int:
+        """Blocks looked up for a chunk of ``n`` tokens."""
+        return self.topk if self.question_topk is None or n > self.question_chunk else self.question_topk
+
+    @property
+    def most_topk(self) -> int:
+        """Blocks looked up for any chunk."""
+        return max(self.topk, self.question_topk or 0)
+
     @property
     def kept_candidates(self) -> int:
         """Most blocks whose keys a layer keeps on the device to choose among them."""
@@ -191,7 +209,9 @@ class MemoryConfig(Settings):
     @property
     def attended_keys(self) -> int:
         """Most keys any query attends to."""
-        return self.n_init + self.topk * self.block_size + self.window_capacity
+        few = min(self.question_chunk, self.chunk_size)
+        most = max(self.topk * self.block_size + self.chunk_size, self.topk_for(few) * self.block_size + few)
+        return self.n_init + most + self.window_capacity - self.chunk_size
 
 
 def _parts(n: int, size: int) -> list[int]:

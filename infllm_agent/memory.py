@@ -127,7 +127,7 @@ class MemoryLayer:
         """The same (≤ topk,) int64 where they are found: on the device, unless there is no choice."""
         config, n_blocks = self.config, self.blocks.count
         alone, self.shown = q.shape[1] == 1, None
-        topk = min(config.topk, n_blocks)
+        topk = min(config.topk_for(q.shape[1]), n_blocks)
         if topk in (0, n_blocks):
             return torch.arange(topk)
         asking = voters(q, config.max_votes)

@@ -27,7 +27,7 @@ from infllm_agent.memory import ContextMemory
 from infllm_agent.probe import probe, probe_ids, relative_error
 from infllm_agent.scheduler import Turns, Urgency
 from infllm_agent.tiers import Tiers
-from infllm_agent.weights import to_int8
+from infllm_agent.weights import to_int8, to_rows
 
 #: A dtype of weights alone.
 INT8 = "int8"
@@ -92,6 +92,8 @@ class LocalModel:
             raise ModelNotFound(f'model "{model}" could not be loaded from {path}: {reason}') from error
         if dtype == INT8:
             to_int8(loaded)
+        else:
+            to_rows(loaded)
         return cls.attach(loaded.to(target), tokenizer, name=str(model))
 
     @classmethod
@@ -152,6 +154,7 @@ class LocalModel:
                 n_local=config.n_local // 2,
                 n_init=config.n_init // 2,
                 topk=config.topk // 2,
+                question_topk=None if config.question_topk is None else config.question_topk // 2,
                 candidates=config.candidates // 2,
                 chunk_size=config.chunk_size // 2,
             )
@@ -167,8 +170,8 @@ class LocalModel:
         if config.attended_keys > self.window:
             raise ConfigError(
                 f"a step would attend to {config.attended_keys} keys (n_init {config.n_init} + topk·block_size "
-                f"{config.topk * config.block_size} + window, block and chunk {config.window_capacity}), but the "
-                f"window of {self.name} is {self.window} tokens: lower n_local, topk or chunk_size"
+                f"{config.most_topk * config.block_size} + window, block and chunk), but the window of {self.name} is "
+                f"{self.window} tokens: lower n_local, topk, question_topk or chunk_size"
             )
 
     def digest(self) -> str:

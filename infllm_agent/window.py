@@ -59,7 +59,7 @@ class Window:
         self.k[:, places] = k
         self.v[:, places] = v
         if self.rotary is not None:
-            self.k_rotated[:, places] = self.rotary.rotate(k, self.stop)
+            self.rotary.rotate(k, self.stop, out=self.k_rotated[:, places])
         if self.queries is not None and queries is not None:
             self.queries[:, places] = queries
 
@@ -104,5 +104,5 @@ class Window:
                 # Source and target may overlap: through a copy.
                 buffer[:, places] = buffer[:, self.start : self.stop].clone()
         if self.rotary is not None:
-            self.k_rotated[:, places] = self.rotary.rotate(self.k[:, places], start)
+            self.rotary.rotate(self.k[:, places], start, out=self.k_rotated[:, places])
         self.start, self.stop = places.start, places.stop

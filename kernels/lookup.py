@@ -13,6 +13,8 @@ from torch import Tensor
 
 #: Block keys that are worked on at once where there are many: so few that all that is made of them stays in the cache.
 SLAB = 1024
+#: Below so many queries the product with all keys is faster the other way round.
+FEW = 16
 
 
 def representative_scores(k: Tensor, queries: Tensor, n_local: int) -> Tensor:
@@ -144,7 +146,11 @@ def attention_mass(q: Tensor, keys: Tensor, scale: float) -> Tensor:
         (blocks,) float32; the sum over blocks is q_heads · n.
     """
     kv_heads, blocks, size = keys.shape[:3]
-    logits = _by_kv_head(q, kv_heads, scale).to(keys.dtype) @ keys.flatten(1, 2).transpose(1, 2)
+    queries = _by_kv_head(q, kv_heads, scale).to(keys.dtype)
+    if queries.shape[1] < FEW:
+        logits = (keys.flatten(1, 2) @ queries.transpose(1, 2)).transpose(1, 2)
+    else:
+        logits = queries @ keys.flatten(1, 2).transpose(1, 2)
     return logits.float().softmax(dim=-1).sum(dim=(0, 1)).view(blocks, size).sum(dim=-1)
 
 

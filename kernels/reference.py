@@ -188,7 +188,8 @@ class ReferenceLayer:
     def look_up(self, queries: range, n_sinks: int, n_blocks: int, scale: float) -> list[int]:
         """The ``topk`` blocks by their scores; with ``candidates``, by the exact mass of the best ``candidates``."""
         config = self.config
-        if n_blocks <= config.topk:
+        topk = config.topk_for(len(queries))
+        if n_blocks <= topk:
             return list(range(n_blocks))
         keys = [self.block_key(block, n_sinks) for block in range(n_blocks)]
         if config.lookup == "similarity":
@@ -200,7 +201,7 @@ class ReferenceLayer:
             best = best[: config.candidates]
             mass = self.attention_mass(queries, [self.tokens(block, n_sinks) for block in best], scale)
             best = [block for _, block in sorted(zip(mass, best, strict=True), reverse=True)]
-        return sorted(best[: config.topk])
+        return sorted(best[:topk])
 
     def block_key(self, block: int, n_sinks: int) -> Tensor:
         """What stands for a block: for each key head the mean of its representatives, or of all its keys."""

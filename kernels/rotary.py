@@ -31,11 +31,15 @@ class Rotary:
         phase = positions.to(torch.float64)[:, None] * self.inv_freq.to(positions.device, torch.float64)
         return phase.cos().float(), phase.sin().float()
 
-    def rotate(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-        """Rotate ``x`` (..., n, head_dim) by ``angles`` of (n, rotary_dim / 2), or (1, ...) for one angle for all."""
+    def rotate(self, x: Tensor, angles: tuple[Tensor, Tensor], out: Tensor | None = None) -> Tensor:
+        """Rotate ``x`` (..., n, head_dim) by ``angles`` of (n, rotary_dim / 2), or (1, ...) for one angle for all.
+
+        Args:
+            out: as ``x``, to be written to; None: a new tensor.
+        """
         cos, sin = angles
         half = cos.shape[-1]
-        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
         wide = x[..., : 2 * half].float()  # once: products of mixed dtypes take a slow path
         if self.interleaved:
             first, second = wide[..., 0::2], wide[..., 1::2]
@@ -63,12 +67,12 @@ class RotaryTable:
         """Cosines and sines, each (length, rotary_dim / 2) float32."""
         return self._cos, self._sin
 
-    def rotate(self, x: Tensor, start: int) -> Tensor:
-        """Rotate ``x`` (..., n, head_dim) as positions ``start .. start + n - 1``."""
+    def rotate(self, x: Tensor, start: int, out: Tensor | None = None) -> Tensor:
+        """Rotate ``x`` (..., n, head_dim) as positions ``start .. start + n - 1``, into ``out`` if it is given."""
         stop = start + x.shape[-2]
         if start < 0 or stop > self._cos.shape[0]:
             raise ValueError(f"positions {start}..{stop - 1} lie outside the table's {self._cos.shape[0]} positions")
-        return self.rotary.rotate(x, (self._cos[start:stop], self._sin[start:stop]))
+        return self.rotary.rotate(x, (self._cos[start:stop], self._sin[start:stop]), out)
 
     def rotate_all_to(self, x: Tensor, position: int) -> Tensor:
         """Rotate every row of ``x`` (..., n, head_dim) by the one angle of ``position``."""

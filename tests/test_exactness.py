@@ -27,6 +27,8 @@ RULES = {
     "mean key": PAPER.changed(block_key="mean"),
     "one angle": DEFAULT.changed(positions="one_angle"),
     "votes": PAPER.changed(lookup="votes", max_votes=5),
+    "more for short chunks": DEFAULT.changed(question_topk=3, question_chunk=2),
+    "fewer for short chunks": DEFAULT.changed(question_topk=1, question_chunk=7),
 }
 
 

@@ -169,6 +169,8 @@ def test_a_chunk_longer_than_the_configuration_is_refused() -> None:
             "repr_topk 9 is more than block_size 8",
         ),
         ({"topk": 40, "candidates": 39}, "candidates 39 is fewer than topk 40"),
+        ({"question_topk": 40, "max_cached_block": 32, "topk": 9}, "question_topk 40 is more than the cache holds"),
+        ({"question_topk": 40, "candidates": 39, "topk": 9}, "candidates 39 is fewer than question_topk 40"),
         ({"n_local": 0}, r"MemoryConfig.n_local = 0: .*greater than or equal to 1"),
         ({"n_locl": 5}, r"MemoryConfig.n_locl"),
         ({"positions": "rope"}, r"MemoryConfig.positions = 'rope'"),
@@ -190,6 +192,17 @@ def test_chunks_cover_all_and_end_small(n: int, chunk: int, question: int, tail:
     assert max(config.chunks(n)) == min(n, chunk)
     if tail >= n:
         assert max(sizes) <= question
+
+
+def test_short_chunks_have_room_for_more_blocks() -> None:
+    model = tiny("llama")
+    config = SMALL.changed(topk=2, question_topk=4, question_chunk=5)
+    assert config.attended_keys == 4 + 4 * 8 + 10 + 8 + 5 == 59
+    assert config.changed(question_topk=3).attended_keys == config.changed(question_topk=None).attended_keys == 54
+    memory = model.new_memory(config)
+    for size, blocks in ((16, 0), (16, 0), (16, 2), (16, 2), (16, 2), (5, 4), (6, 2), (1, 4), (16, 2)):
+        model.forward([5] * size, memory)
+        assert {len(layer.selected) for layer in memory.layers.values()} == {blocks}, (size, memory.length)
 
 
 def test_a_record_from_before_the_rules_could_be_chosen_means_the_papers() -> None:

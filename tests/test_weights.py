@@ -14,7 +14,7 @@ from torch import nn
 from infllm_agent import AgentRuntime
 from infllm_agent.errors import SessionMismatch
 from infllm_agent.model import LocalModel
-from infllm_agent.weights import FEW_ROWS, Int8Linear, to_int8
+from infllm_agent.weights import FEW_ROWS, Int8Linear, RowLinear, to_int8, to_rows
 
 
 @settings(max_examples=40, deadline=None)
@@ -75,7 +75,7 @@ def test_all_of_a_model_is_told_apart(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "model")
     exact = LocalModel.load(str(folder), device="cpu", dtype="auto")
     rounded = LocalModel.load(str(folder), device="cpu", dtype="int8")
-    bytes_of = [sum(p.nbytes for m in model.model.modules() if type(m) in (nn.Linear, Int8Linear)
+    bytes_of = [sum(p.nbytes for m in model.model.modules() if isinstance(m, nn.Linear | Int8Linear)
                     for p in m.parameters(recurse=False)) for model in (exact, rounded)]  # fmt: skip
     assert bytes_of[1] < 0.6 * bytes_of[0]
     with AgentRuntime(tmp_path / "root", exact) as runtime:
@@ -89,3 +89,21 @@ def test_layers_of_other_kinds_stay(smollm2: tuple[LocalModel, LocalModel]) -> N
     to_int8(model)
     assert [type(m) for m in model] == [nn.Embedding, nn.LayerNorm, nn.Sequential]
     assert isinstance(model[2][0], Int8Linear)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_row_is_as_many(bias: bool, dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(48, 33, bias=bias)).to(dtype)
+    weights = model.state_dict()
+    x = torch.randn(1, 5, 48).to(dtype)
+    expected = model(x)
+    to_rows(model)
+    assert isinstance(model[0], RowLinear)
+    assert model.state_dict().keys() == weights.keys()
+    assert torch.equal(model(x), expected), "several rows go as before"
+    for row in range(5):
+        assert model(x[:, row : row + 1]).shape == (1, 1, 33)
+        torch.testing.assert_close(model(x[:, row : row + 1]), expected[:, row : row + 1])
+        assert model(x[0, row]).shape == (33,)

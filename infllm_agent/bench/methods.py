@@ -87,7 +87,7 @@ def _paper(model: LocalModel, config: MemoryConfig, needs: Needs) -> Method:
 def _streaming(model: LocalModel, config: MemoryConfig, needs: Needs) -> Method:
     # Sinks and window only (StreamingLLM), at the same number of attended keys.
     window = config.n_local + config.topk * config.block_size
-    return _memory("streaming", model, config.changed(topk=0, n_local=window))
+    return _memory("streaming", model, config.changed(topk=0, question_topk=None, n_local=window))
 
 
 def _full(model: LocalModel, config: MemoryConfig, needs: Needs) -> Method:

@@ -96,7 +96,7 @@ class Cost:
             return n * past + own
         sinks, blocks = Division.of(past, self.config)
         window = past - sinks - blocks * self.config.block_size
-        far = sinks + min(self.config.topk, blocks) * self.config.block_size
+        far = sinks + min(self.config.topk_for(n), blocks) * self.config.block_size
         return n * (far + window) + own
 
 
