@@ -147,11 +147,14 @@ def attention_mass(q: Tensor, keys: Tensor, scale: float) -> Tensor:
     """
     kv_heads, blocks, size = keys.shape[:3]
     queries = _by_kv_head(q, kv_heads, scale).to(keys.dtype)
+    mass = torch.zeros(blocks * size, device=q.device)
     if queries.shape[1] < FEW:
         logits = (keys.flatten(1, 2) @ queries.transpose(1, 2)).transpose(1, 2)
+        mass += logits.float().softmax(dim=-1).sum(dim=(0, 1))
     else:
-        logits = queries @ keys.flatten(1, 2).transpose(1, 2)
-    return logits.float().softmax(dim=-1).sum(dim=(0, 1)).view(blocks, size).sum(dim=-1)
+        for asking, asked in zip(queries, keys.flatten(1, 2), strict=True):  # one array over all heads is too large
+            mass += (asking @ asked.T).float().softmax(dim=-1).sum(dim=0)
+    return mass.view(blocks, size).sum(dim=-1)
 
 
 def _by_kv_head(q: Tensor, kv_heads: int, scale: float) -> Tensor:
