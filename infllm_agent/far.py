@@ -62,11 +62,11 @@ class FarKeys:
         slots = self.cache.fetch(blocks, load)
         changed, self._blocks = _changed(self._blocks, blocks), []  # unknown until all is done
         where = torch.tensor(slots[changed], dtype=torch.int64, device=self.k.device)
-        size = self.config.block_size
+        size, (heads, _, dim) = self.config.block_size, self.k.shape
         places = slice(self.n_sinks + changed.start * size, self.n_sinks + changed.stop * size)
         for into, cached in ((self.k, self.cache.k), (self.v, self.cache.v)):
             # Whole blocks as rows: several times as fast as token by token.
-            rows = into[:, places].unflatten(1, (len(where), size)).flatten(2)
+            rows = into[:, places].view(heads, len(where), size * dim)
             torch.index_select(cached.flatten(2), 1, where, out=rows)
         self._blocks = list(blocks)
         self._rotate(places)

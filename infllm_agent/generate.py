@@ -16,6 +16,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from infllm_agent.compute import compute_thread
 from infllm_agent.config import SamplingConfig
 from infllm_agent.toolparse import CallReader, CodedStream
 from infllm_agent.tools import InvalidCall, ToolCall
@@ -46,10 +47,13 @@ class Sampler:
 
     def pick(self, logits: Tensor, before: list[int]) -> int:
         """The next token id, given logits (vocab,) and the tokens generated so far."""
-        scores: Any = logits.float().cpu()[None]
-        if self._processors:
-            recent: Any = torch.tensor([before[-PENALTY_REACH:]], dtype=torch.long)
-            scores = self._processors(recent, scores)
+        if self.config.temperature == 0 and not self._processors:
+            return int(logits.float().cpu().numpy().argmax())  # numpy's needs no threads of its own
+        return compute_thread().run(lambda: self._draw(logits, before))
+
+    def _draw(self, logits: Tensor, before: list[int]) -> int:
+        recent: Any = torch.tensor([before[-PENALTY_REACH:]], dtype=torch.long)
+        scores: Any = self._processors(recent, logits.float().cpu()[None])
         if self.config.temperature == 0:
             return int(scores.argmax())
         return int(torch.multinomial(scores.softmax(-1)[0], 1, generator=self._generator))

@@ -27,6 +27,7 @@ import torch
 from llguidance import LLMatcher, LLTokenizer
 from torch import Tensor
 
+from infllm_agent.compute import compute_thread
 from infllm_agent.errors import ConfigError, InfLLMError, UnsupportedModel
 from infllm_agent.schemas import grammar_of
 from infllm_agent.tokens import TextEncoder
@@ -195,6 +196,9 @@ class Constraint:
 
     def mask(self, logits: Tensor) -> Tensor:
         """A copy of the logits (vocab,) with minus infinity for every token that is not allowed."""
+        return compute_thread().run(lambda: self._masked(logits))
+
+    def _masked(self, logits: Tensor) -> Tensor:
         allowed = _allowed(self._matcher)[: len(logits)]
         self._check()
         refused = torch.ones(len(logits), dtype=torch.bool)  # also what a model has beyond its vocabulary

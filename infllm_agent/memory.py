@@ -26,6 +26,7 @@ from torch import Tensor
 from infllm_agent.blockfile import BlockFiles
 from infllm_agent.blocks import BlockCache, BlockStore
 from infllm_agent.candidates import CachedCandidates, Candidates, Read
+from infllm_agent.compute import compute_thread
 from infllm_agent.config import MemoryConfig
 from infllm_agent.decode import Decoder
 from infllm_agent.far import FarKeys
@@ -424,6 +425,9 @@ class ContextMemory:
 
     def restore(self, state: MemoryState) -> None:
         """Bring an empty memory, whose blocks are in place already, to a state."""
+        compute_thread().run(lambda: self._restore(state))
+
+    def _restore(self, state: MemoryState) -> None:
         self.length = state.length
         self.n_sinks = Division.of(state.length, self.config).sinks
         for number, layer in self.layers.items():
@@ -448,7 +452,9 @@ class ContextMemory:
             ValueError: ``can_rewind`` says no.
             CorruptSession: a stored block that the earlier window needs fails its checksum.
         """
-        length = self.length if length is None else length
+        return compute_thread().run(lambda: self._fork(self.length if length is None else length))
+
+    def _fork(self, length: int) -> ContextMemory:
         state = self.state().rewound(length, self.config, self.store)
         blocks = Division.of(length, self.config).blocks
         fork = ContextMemory(self.config, self.specs, self.dtype, self.device, self.tiers)

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from infllm_agent.attention import ATTENTION, Memory, set_attention
 from infllm_agent.batch import DecodeBatch, Outcome
+from infllm_agent.compute import compute_thread
 from infllm_agent.config import MemoryConfig
 from infllm_agent.errors import ConfigError, ModelNotFound, UnsupportedModel
 from infllm_agent.hub import resolve_model
@@ -50,14 +51,17 @@ class LocalModel:
     device: torch.device
     dtype: torch.dtype
     eos_ids: frozenset[int] = field(default_factory=frozenset)
-    turns: Turns = field(default_factory=Turns)  # one forward at a time
+    turns: Turns = field(default_factory=lambda: Turns(compute_thread()))  # one forward at a time
     _digest: str | None = None
 
     def __post_init__(self) -> None:
         def turn() -> AbstractContextManager[None]:
             return self.turns.turn(self, urgency=Urgency.NEXT_TOKEN)
 
-        self._batch = DecodeBatch(turn, self._together)
+        def together(token_ids: Sequence[int], memories: Sequence[Memory]) -> list[Outcome]:
+            return compute_thread().run(lambda: self._together(token_ids, memories))
+
+        self._batch = DecodeBatch(turn, together)
 
     @classmethod
     def load(
@@ -81,6 +85,10 @@ class LocalModel:
             ConfigError: an unknown device or dtype.
         """
         path = resolve_model(model, progress=progress)
+        return compute_thread().run(lambda: cls._load(str(model), path, device, dtype), leave=True)
+
+    @classmethod
+    def _load(cls, name: str, path: str, device: str, dtype: str) -> LocalModel:
         target = _device(device)
         precision = _dtype("auto" if dtype == INT8 else dtype, target)
         try:
@@ -89,12 +97,12 @@ class LocalModel:
             loaded: Any = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=precision)
         except (OSError, ValueError, KeyError, ImportError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ModelNotFound(f'model "{model}" could not be loaded from {path}: {reason}') from error
+            raise ModelNotFound(f'model "{name}" could not be loaded from {path}: {reason}') from error
         if dtype == INT8:
             to_int8(loaded)
         else:
             to_rows(loaded)
-        return cls.attach(loaded.to(target), tokenizer, name=str(model))
+        return cls.attach(loaded.to(target), tokenizer, name=name)
 
     @classmethod
     def attach(cls, model: Any, tokenizer: Any, *, name: str | None = None) -> LocalModel:
@@ -103,8 +111,11 @@ class LocalModel:
         Raises:
             UnsupportedModel: the memory cannot serve it exactly; the model is left as it was.
         """
+        return compute_thread().run(lambda: cls._attach(model, tokenizer, name or type(model).__name__))
+
+    @classmethod
+    def _attach(cls, model: Any, tokenizer: Any, name: str) -> LocalModel:
         model.eval()
-        name = name or type(model).__name__
         text_config = model.config.get_text_config()
         before = model.config._attn_implementation
         window = _trained_window(text_config)
@@ -144,7 +155,7 @@ class LocalModel:
         """
         config = config or self.default_memory()
         self.check_memory(config)
-        return ContextMemory(config, self.specs, self.dtype, self.device, tiers)
+        return compute_thread().run(lambda: ContextMemory(config, self.specs, self.dtype, self.device, tiers))
 
     def default_memory(self) -> MemoryConfig:
         """The default configuration, scaled down for a model whose window is too small for it."""
@@ -221,12 +232,15 @@ class LocalModel:
     def _step(
         self, token_ids: Sequence[int], memory: Memory, *, last_only: bool, urgency: Urgency = Urgency.NOBODY
     ) -> Tensor:
-        with self.turns.turn(memory, urgency=urgency):
+        def step() -> Tensor:
             ids = torch.tensor([list(token_ids)], device=self.device)
             memory.reserve(len(token_ids))
             logits = self._logits(ids, [memory], last_only=last_only)[0]
             memory.advance(len(token_ids))
             return logits.float()
+
+        with self.turns.turn(memory, urgency=urgency):
+            return compute_thread().run(step)
 
     def _together(self, token_ids: Sequence[int], memories: Sequence[Memory]) -> list[Outcome]:
         """One token of each memory in one forward. If that fails each goes alone, and whose fault it was fails."""
@@ -251,9 +265,14 @@ class LocalModel:
             use_cache=False,
             logits_to_keep=1 if last_only else 0,
             memories=memories,
-            between_layers=self.turns.pause,
+            between_layers=self._between_layers,
         )
         return out.logits  # type: ignore[no-any-return]
+
+    def _between_layers(self) -> None:
+        """Where a forward lets in what cannot wait for its end."""
+        self.turns.pause()
+        compute_thread().between()
 
     @torch.inference_mode()
     def _check_against_own_attention(self) -> None:

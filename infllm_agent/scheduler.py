@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import Protocol
 from weakref import WeakKeyDictionary
 
 
@@ -36,6 +37,15 @@ class _Ticket:
     called: threading.Event = field(default_factory=threading.Event)
 
 
+class Waiting(Protocol):
+    """How work that paused waits for its turn (``ComputeThread``)."""
+
+    def wait(self, called: threading.Event) -> None: ...
+
+    def wake(self) -> None:
+        """Called after the event was set."""
+
+
 class Turns:
     """A lock whose holders take turns: one forward of the model each.
 
@@ -43,9 +53,13 @@ class Turns:
     and other work lets it in between its steps (``pause``), so that a short question waits for one layer of another
     session's reading at most. That other work gets ``CALM_SHARE`` of the time all the same, so that reading goes on
     while others talk. Among equals, who was served longest ago is next. A thread that has the turn may take it again.
+
+    Args:
+        waiting: how work that paused waits; None: its thread sleeps.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, waiting: Waiting | None = None) -> None:
+        self._how = waiting
         self._mutex = threading.Lock()
         self._holder: _Ticket | None = None
         self._waiting: list[_Ticket] = []
@@ -71,10 +85,11 @@ class Turns:
         return len(self._waiting)
 
     def pause(self) -> None:
-        """Within a turn that is not urgent: let urgent work go first. Whoever paused goes on before new work begins."""
+        """By the work that has the turn, in whatever thread, if it is not urgent: let urgent work go first. Whoever
+        paused goes on before new work begins."""
         with self._mutex:
             mine = self._holder
-            if mine is None or mine.urgency or mine.thread != threading.get_ident():
+            if mine is None or mine.urgency:
                 return
             if not any(ticket.urgency for ticket in self._waiting):
                 return
@@ -101,7 +116,10 @@ class Turns:
 
     def _wait(self, ticket: _Ticket) -> None:
         try:
-            ticket.called.wait()
+            if ticket.paused and self._how is not None:
+                self._how.wait(ticket.called)
+            else:
+                ticket.called.wait()
         except BaseException:  # KeyboardInterrupt: nobody will come for this turn
             with self._mutex:
                 if ticket in self._waiting:
@@ -130,6 +148,8 @@ class Turns:
         self._holder = ticket
         ticket.since = self._served[ticket.who] = time.monotonic()
         ticket.called.set()
+        if ticket.paused and self._how is not None:
+            self._how.wake()
 
     def _account(self, ticket: _Ticket) -> None:
         """Of the time that the holder of the turn had since it was last asked."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from infllm_agent.blockfile import BlockFiles, Marks
+from infllm_agent.compute import compute_thread
 from infllm_agent.config import MemoryConfig
 from infllm_agent.memory import ContextMemory
 from infllm_agent.planes import BlockShape
@@ -22,6 +23,11 @@ def pack(
     state: MemoryState, config: MemoryConfig, marks: Marks | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors (on the CPU) and the JSON-ready rest of a memory's state, and the marks of its blocks' files."""
+    tensors = compute_thread().run(lambda: _tensors(state, marks))
+    return tensors, {"length": state.length, "blocks": Division.of(state.length, config).blocks}
+
+
+def _tensors(state: MemoryState, marks: Marks | None) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     if marks is not None:
         tensors |= {f"segments.{name}": part for name, part in marks._asdict().items()}
@@ -32,7 +38,7 @@ def pack(
             tensors[f"layer.{number}.candidates"] = layer.candidates.to("cpu", torch.int32)
     for number, window in state.sliding.items():
         _pack_window(f"layer.{number}", window, tensors)
-    return tensors, {"length": state.length, "blocks": Division.of(state.length, config).blocks}
+    return tensors
 
 
 def unpack(tensors: dict[str, Tensor], record: dict[str, Any]) -> MemoryState:

@@ -36,7 +36,11 @@ def in_background(work: Callable[[], None]) -> None:
 def begun(work: Callable[[], None]) -> Callable[[], None]:
     """Have it done in another thread. What is returned waits until it is done, or does it if nobody has begun yet, and
     raises what it raised. To be called once."""
-    future = _helpers().submit(work)
+    global _begun
+    with _mutex:
+        _begun += 1
+        future = _helpers().submit(work)
+    future.add_done_callback(lambda _: _ended())
 
     def finish() -> None:
         if future.cancel():
@@ -45,6 +49,20 @@ def begun(work: Callable[[], None]) -> Callable[[], None]:
             future.result()
 
     return finish
+
+
+_mutex = threading.Lock()
+_begun = 0
+
+
+def _ended() -> None:
+    """When nothing is under way the helpers go: threads that compute keep others waiting (``compute``)."""
+    global _begun
+    with _mutex:
+        _begun -= 1
+        if not _begun:
+            _helpers().shutdown(wait=False)
+            _helpers.cache_clear()
 
 
 @cache
@@ -57,8 +75,15 @@ def _helpers() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(HELPERS, thread_name_prefix="infllm-begun")
 
 
-for pool in (_readers, _helpers):
-    os.register_at_fork(after_in_child=pool.cache_clear)  # a forked child has none of the threads
+def _forget() -> None:
+    """A forked child has none of the threads."""
+    global _begun, _mutex
+    _begun, _mutex = 0, threading.Lock()
+    _readers.cache_clear()
+    _helpers.cache_clear()
+
+
+os.register_at_fork(after_in_child=_forget)
 
 
 async def from_thread(produce: Callable[[Callable[[], bool]], Iterator[T]]) -> AsyncGenerator[T, None]:

@@ -237,7 +237,8 @@ def test_the_digest_covers_all_code_that_answers_come_from() -> None:
     program = "import sys, infllm_agent.bench.rag; print(*(n for n in sys.modules if n.startswith('infllm_agent.')))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     loaded = {name.removeprefix("infllm_agent.").replace(".", "/") for name in done.stdout.split()}
-    beside = {"batch", "bench", "bench/haystack", "errors", "files", "hub", "kernels", "origin", "scheduler", "threads"}
+    beside = {"batch", "bench", "bench/haystack", "compute", "errors", "files", "hub", "kernels", "origin"}
+    beside |= {"scheduler", "threads"}
     assert {name for name in loaded - beside if not name.startswith("kernels/")} == {*MEMORY_CODE, *READER_CODE}
 
 

@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "infllm_agent"
 
 LAYERS = [
-    ["errors", "config", "tools", "threads", "signals", "logs", "files"],
+    ["errors", "config", "tools", "threads", "compute", "signals", "logs", "files"],
     ["kernels"],
     ["origin", "planes", "hostcache", "tiers", "blockfile", "blocks", "index", "candidates", "state", "window"],
     ["far", "decode", "layers", "memory"],
