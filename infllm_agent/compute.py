@@ -8,7 +8,9 @@ workers or an application's threads, hands the work to this one and waits.
 
 from __future__ import annotations
 
+import atexit
 import os
+import signal
 import threading
 from collections.abc import Callable
 from functools import cache
@@ -62,6 +64,8 @@ class _Job(Generic[T]):
                     break
         if interrupt is not None:
             raise interrupt
+        if isinstance(self._error, _GivenUp):
+            threading.Event().wait()  # the process ends
         if self._error is not None:
             try:
                 raise self._error
@@ -86,6 +90,7 @@ class ComputeThread:
         self._jobs: SimpleQueue[_Job[Any] | None] = SimpleQueue()  # None: an event may have been set
         self._doing: list[_Job[Any]] = []  # the innermost last
         self._thread: threading.Thread | None = None
+        self._ended = False
 
     def run(self, work: Callable[[], T], *, leave: bool = False) -> T:
         """Have it done there, and wait. Raises what it raises.
@@ -95,13 +100,19 @@ class ComputeThread:
         Args:
             leave: interrupted, do not wait for the work: nothing comes of it.
         """
-        if threading.current_thread() is self._thread:
+        here = threading.current_thread()
+        if here is self._thread:
+            return work()
+        if self._ended:
+            if here.daemon:
+                threading.Event().wait()  # the process ends; a thread in the middle of computing would abort it
             return work()
         job = _Job(work)
         with self._mutex:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._live, name="infllm-compute", daemon=True)
                 self._thread.start()
+                atexit.register(self._end)
         self._jobs.put(job)
         result: T = job.result(leave=leave)
         return result
@@ -121,6 +132,8 @@ class ComputeThread:
             called.wait()
             return
         while not called.is_set():
+            if self._ended:
+                raise _GivenUp
             self._do(self._jobs.get())
 
     def wake(self) -> None:
@@ -128,8 +141,22 @@ class ComputeThread:
         self._jobs.put(None)
 
     def _live(self) -> None:
-        while True:
+        while not self._ended:
             self._do(self._jobs.get())
+
+    def _end(self) -> None:
+        """The process ends: what is being done is ended at its next ``between``, and waited for."""
+        self._ended = True
+        for job in list(self._doing):
+            job.given_up = True
+        self.wake()
+        if self._thread is None:
+            return
+        try:
+            self._thread.join()
+        except KeyboardInterrupt:  # once more: at once, without a word
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
 
     def _do(self, job: _Job[Any] | None) -> None:
         if job is None:

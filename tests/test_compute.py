@@ -175,6 +175,34 @@ def test_a_forked_child_has_one_of_its_own(compute: ComputeThread) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 
 
+END = """
+import atexit, threading, time
+from infllm_agent.compute import compute_thread
+
+def steps():
+    inside.set()
+    while True:
+        time.sleep(0.01)
+        compute_thread().between()
+
+def again_and_again():
+    while True:
+        compute_thread().run(steps)
+
+atexit.register(lambda: print(compute_thread().run(lambda: "at the end")))
+inside = threading.Event()
+threading.Thread(target=again_and_again, daemon=True).start()
+inside.wait()
+atexit.register(lambda: print("the process ends"))
+"""
+
+
+def test_a_process_may_end_while_it_computes() -> None:
+    done = subprocess.run([sys.executable, "-c", END], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "the process ends\nat the end\n"
+
+
 LIFE = """
 import os, sys, threading, time
 import torch
