@@ -33,31 +33,41 @@ class _Job(Generic[T]):
         self._work = work
         self._threads = torch.get_num_threads()  # of an operation, as the waiting thread has set it
         self._inference = torch.is_inference_mode_enabled()
-        self._done = threading.Lock()  # held until it is; the fastest thing to wait for
-        self._done.acquire()
+        on_gpu = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        self._stream = torch.cuda.current_stream() if on_gpu else None  # and so the GPU
+        self._done = False
+        self._waited = threading.Lock()  # held until it is done; the fastest thing to wait for
+        self._waited.acquire()
         self._result: T | None = None
         self._error: BaseException | None = None
         self.given_up = False
 
     def do(self) -> None:
+        if self._done:
+            return
         if self._threads != torch.get_num_threads():
             torch.set_num_threads(self._threads)
         try:
             if not self.given_up:
-                with torch.inference_mode(self._inference):
+                with torch.inference_mode(self._inference), torch.cuda.stream(self._stream):
                     self._result = self._work()
         except BaseException as error:
             self._error = error
         finally:
-            self._done.release()
+            self._done = True
+            self._waited.release()
 
-    def result(self, *, leave: bool) -> Any:
-        """What came of it. Interrupted, the work is given up, and unless it may be left has ended when this raises."""
+    def result(self, jobs: SimpleQueue[_Job[Any] | None], *, leave: bool) -> Any:
+        """Hand it over and wait for what comes of it. Interrupted, the work is given up, and unless it may be left has
+        ended when this raises."""
         interrupt: BaseException | None = None
-        while True:
+        handed_over = False
+        while not self._done:
             try:
-                self._done.acquire()
-                break
+                if not handed_over:  # interrupted between these two it is handed over twice, and done once
+                    jobs.put(self)
+                    handed_over = True
+                self._waited.acquire()
             except BaseException as error:  # KeyboardInterrupt, or a signal's SystemExit
                 interrupt, self.given_up = error, True
                 if leave:
@@ -113,8 +123,7 @@ class ComputeThread:
                 self._thread = threading.Thread(target=self._live, name="infllm-compute", daemon=True)
                 self._thread.start()
                 atexit.register(self._end)
-        self._jobs.put(job)
-        result: T = job.result(leave=leave)
+        result: T = job.result(self._jobs, leave=leave)
         return result
 
     def between(self) -> None:
