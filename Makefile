@@ -30,24 +30,25 @@ test: $(STAMP)  ## run the tests; ARGS="-k hub" for some of them
 
 crash: $(STAMP)  ## long runs of kills, faults, damage, races, attacks; MINUTES=60 SEED=1 ARGS="kills --count kills=5000"
 	mkdir -p bench-results
-	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m survival crash $(ARGS) --minutes $(MINUTES) --seed $(SEED) \
+	OMP_NUM_THREADS=1 PYTHONPATH=tests/helpers $(BIN)/python -m survival crash $(ARGS) --minutes $(MINUTES) --seed $(SEED) \
 		--json bench-results/crash.json
 
 soak: $(STAMP)  ## long runs of threads and of a session that grows; MINUTES=120 ARGS="growth --tokens 10000000"
 	mkdir -p bench-results
-	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m survival soak $(ARGS) --minutes $(MINUTES) --seed $(SEED) \
+	OMP_NUM_THREADS=1 PYTHONPATH=tests/helpers $(BIN)/python -m survival soak $(ARGS) --minutes $(MINUTES) --seed $(SEED) \
 		--json bench-results/soak.json
 
 standard: $(STAMP)  ## langchain-tests' suites through ChatOpenAI against the server
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/standard_server.py $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/integrations/server/standard.py $(ARGS)
 
 ray: $(STAMP)  ## install Ray Serve, and test two replicas
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[ray]"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_ray_serve.py $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/integrations/test_ray_serve.py $(ARGS)
 
-lint: $(STAMP)  ## check style and formatting
+lint: $(STAMP)  ## check style, formatting and the direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --quiet
 
 types: $(STAMP)  ## check types
 	$(BIN)/mypy

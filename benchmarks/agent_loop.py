@@ -19,7 +19,7 @@ from langchain.agents.middleware import wrap_model_call
 from langchain_core.messages import HumanMessage
 from langchain_core.tools import tool
 
-from infllm_agent.bench.readers import FullContext
+from infllm_agent.bench.retrieval.readers import FullContext
 from infllm_agent.integrations.langchain import ChatInfLLM
 
 HOSTS = ("db-1", "db-2", "web-1", "web-2", "queue-1")

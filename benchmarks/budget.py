@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import argparse
 
-from infllm_agent.bench import tasks
-from infllm_agent.bench.haystack import Haystack, is_right
-from infllm_agent.bench.readers import MemoryContext, WholeReader
+from infllm_agent.bench.retrieval import tasks
+from infllm_agent.bench.retrieval.haystack import Haystack, is_right
+from infllm_agent.bench.retrieval.readers import MemoryContext, WholeReader
 from infllm_agent.config import MemoryConfig
-from infllm_agent.memory import ContextMemory
-from infllm_agent.model import LocalModel
+from infllm_agent.memory.context import ContextMemory
+from infllm_agent.model.local_model import LocalModel
 
 
 def looking_up(blocks: int, there: int) -> MemoryConfig:

@@ -15,13 +15,14 @@ from pathlib import Path
 
 import torch
 
-from infllm_agent import AgentRuntime, snapshot
-from infllm_agent.catalog import Catalog
-from infllm_agent.fork import fork_stored
-from infllm_agent.model import LocalModel
-from infllm_agent.records import Message
-from infllm_agent.state import Division, LayerState, MemoryState, WindowState
-from infllm_agent.tailfile import write_tail
+from infllm_agent import AgentRuntime
+from infllm_agent.memory import snapshot
+from infllm_agent.memory.state import Division, LayerState, MemoryState, WindowState
+from infllm_agent.messages import Message
+from infllm_agent.model.local_model import LocalModel
+from infllm_agent.storage.catalog import Catalog
+from infllm_agent.storage.fork import fork_stored
+from infllm_agent.storage.tail import write_tail
 
 PER_MESSAGE = 500
 

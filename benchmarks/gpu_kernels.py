@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from infllm_agent.kernels import dispatch
-from infllm_agent.kernels.decode import Angles, DecodeKeys, bounds
+from infllm_agent.kernels import backend
+from infllm_agent.kernels.decode_attention.plain import Angles, DecodeKeys, bounds
 from infllm_agent.kernels.gather import HostGather
 from infllm_agent.kernels.rotary import Rotary
 
@@ -51,8 +51,8 @@ def copy_gb_s() -> float:
 
 def row(name: str, read: int, ceiling: float, work: Callable[[], object], **more: object) -> dict[str, object]:
     result: dict[str, object] = {"kernel": name, **more}
-    for backend in ("triton", "plain"):
-        with dispatch.using(backend):
+    for chosen in ("triton", "plain"):
+        with backend.using(chosen):
             took = microseconds(work)
         result |= {f"{backend}_us": round(took, 1), f"{backend}_share": round(read / took / 1e3 / ceiling, 3)}
     print(json.dumps(result), flush=True)
@@ -78,7 +78,7 @@ def decode(ceiling: float, blocks: int, window: int) -> dict[str, object]:
     q = torch.randn(KV_HEADS * GROUP, DIM, device="cuda", dtype=HALF)
     attended = SINKS + blocks * BLOCK + window
     read = attended * 2 * KV_HEADS * DIM * HALF.itemsize
-    return row("decode", read, ceiling, lambda: dispatch.decode_attention(q, keys, scale=SCALE), keys=attended)
+    return row("decode", read, ceiling, lambda: backend.decode_attention(q, keys, scale=SCALE), keys=attended)
 
 
 def votes(ceiling: float, blocks: int, queries: int) -> dict[str, object]:
@@ -88,7 +88,7 @@ def votes(ceiling: float, blocks: int, queries: int) -> dict[str, object]:
         "votes",
         keys.nbytes,
         ceiling,
-        lambda: dispatch.best(dispatch.votes(q, keys, SCALE), 64),
+        lambda: backend.best(backend.votes(q, keys, SCALE), 64),
         blocks=blocks,
         queries=queries,
     )
@@ -99,12 +99,12 @@ def seal(ceiling: float, blocks: int, size: int) -> list[dict[str, object]]:
     queries = torch.randn(KV_HEADS, blocks * size + 4096, DIM, device="cuda", dtype=HALF)
     more = {"blocks": blocks, "block_size": size}
     return [
-        row("mean keys", k.nbytes, ceiling, lambda: dispatch.mean_keys(k), **more),
+        row("mean keys", k.nbytes, ceiling, lambda: backend.mean_keys(k), **more),
         row(
             "representatives",
             k.nbytes + queries.nbytes,
             ceiling,
-            lambda: dispatch.representative_keys(k, queries, 4096, 4),
+            lambda: backend.representative_keys(k, queries, 4096, 4),
             **more,
         ),
     ]

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 from infllm_agent import AgentRuntime, RuntimeConfig
-from infllm_agent.live import LiveSession
+from infllm_agent.live.live_session import LiveSession
 
 HOSTS = ("db-1", "db-2", "web-1", "web-2", "queue-1")
 COLOURS = ("amber", "black", "blue", "brown", "green", "orange", "pink", "purple", "red", "silver", "white")

@@ -25,12 +25,12 @@ from torch import Tensor
 
 from infllm_agent import MemoryConfig
 from infllm_agent.bench.oplog import generate
-from infllm_agent.chat import ChatFormat
-from infllm_agent.index import BlockIndex
-from infllm_agent.kernels.dispatch import best
-from infllm_agent.kernels.lookup import attention_mass, voters, votes
-from infllm_agent.memory import MemoryLayer
-from infllm_agent.model import LocalModel
+from infllm_agent.chat.format import ChatFormat
+from infllm_agent.kernels.backend import best
+from infllm_agent.kernels.votes.plain import attention_mass, voters, votes
+from infllm_agent.memory.context import MemoryLayer
+from infllm_agent.memory.index import BlockIndex
+from infllm_agent.model.local_model import LocalModel
 
 CONFIG = MemoryConfig()
 MANY = 62_500

@@ -23,13 +23,14 @@ from pathlib import Path
 
 import torch
 
-from infllm_agent import AgentRuntime, MemoryConfig, Session, snapshot
+from infllm_agent import AgentRuntime, MemoryConfig, Session
 from infllm_agent.bench.oplog import Log, generate
-from infllm_agent.catalog import Catalog
+from infllm_agent.cli.demo import ask
 from infllm_agent.config import RuntimeConfig
-from infllm_agent.demo import ask
-from infllm_agent.records import Message
-from infllm_agent.tailfile import write_tail
+from infllm_agent.memory import snapshot
+from infllm_agent.messages import Message
+from infllm_agent.storage.catalog import Catalog
+from infllm_agent.storage.tail import write_tail
 
 PART = 25_000
 SHORT = 32_768

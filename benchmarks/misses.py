@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from infllm_agent import MemoryConfig
-from infllm_agent.blocks import BlockCache
-from infllm_agent.candidates import Candidates
-from infllm_agent.model import LocalModel
+from infllm_agent.blocks.store import BlockCache
+from infllm_agent.memory.candidates import Candidates
+from infllm_agent.model.local_model import LocalModel
 
 CONFIG = MemoryConfig()
 

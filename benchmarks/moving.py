@@ -22,8 +22,8 @@ from typing import Any
 
 import httpx
 
-from infllm_agent.bucket import Bucket
-from infllm_agent.catalog import Catalog
+from infllm_agent.maintenance.bucket import Bucket
+from infllm_agent.storage.catalog import Catalog
 
 
 def start(root: Path, options: list[str]) -> tuple[subprocess.Popen[str], str]:

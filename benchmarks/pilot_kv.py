@@ -10,9 +10,9 @@ import random
 import sys
 import uuid
 
-from infllm_agent.bench.readers import MemoryContext
+from infllm_agent.bench.retrieval.readers import MemoryContext
 from infllm_agent.config import MemoryConfig
-from infllm_agent.model import LocalModel
+from infllm_agent.model.local_model import LocalModel
 
 TOKENS, QUESTIONS = 3000, 12
 DEFAULT = MemoryConfig(n_local=512, block_size=16, topk=64)

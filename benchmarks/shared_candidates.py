@@ -7,11 +7,11 @@ There are few candidates for each length here, 128 of about 480 blocks at 8K, so
 
 import argparse
 
-from infllm_agent.bench import tasks
-from infllm_agent.bench.haystack import is_right
-from infllm_agent.bench.readers import MemoryContext
+from infllm_agent.bench.retrieval import tasks
+from infllm_agent.bench.retrieval.haystack import is_right
+from infllm_agent.bench.retrieval.readers import MemoryContext
 from infllm_agent.config import MemoryConfig
-from infllm_agent.model import LocalModel
+from infllm_agent.model.local_model import LocalModel
 
 SIZES = {"topk": 64, "candidates": 128}
 PERIODS = (1, 4, 8, 16)

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from infllm_agent import MemoryConfig
-from infllm_agent.model import LocalModel
+from infllm_agent.model.local_model import LocalModel
 
 
 def main() -> None:

@@ -17,9 +17,9 @@ from statistics import median
 
 import torch
 
-from infllm_agent.memory import ContextMemory
-from infllm_agent.model import LocalModel
-from infllm_agent.recorder import TraceRecorder
+from infllm_agent.memory.context import ContextMemory
+from infllm_agent.memory.trace_recorder import TraceRecorder
+from infllm_agent.model.local_model import LocalModel
 
 ROUNDS = 40
 MODES = ("off", "sampled", "on")

@@ -8,8 +8,8 @@ from typing import Any
 
 import typer
 
-from infllm_agent.bench.cli import app as benchmarks
-from infllm_agent.cli import app
+from infllm_agent.cli.app import app
+from infllm_agent.cli.bench import app as benchmarks
 
 MARK = "<!-- commands -->"
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import ast
 import re
+from pathlib import Path
 from typing import Any
 
 import griffe
 
-from infllm_agent import catalog, errors
+from infllm_agent import errors
+from infllm_agent.storage import catalog
 
 #: The beginning of an entry that says why.
 ENTRY = re.compile(r"    [\w, ]+:")
@@ -32,11 +34,20 @@ class Docstrings(griffe.Extension):
             "lines_collection": loader.lines_collection,
             "modules_collection": loader.modules_collection,
         }
-        package = griffe.visit(folder.name, filepath=folder / "__init__.py", code="", parent=pkg, **common)
-        pkg.set_member(folder.name, package)
-        for path in sorted(folder.glob("*.py")):
-            module = griffe.visit(path.stem, filepath=path, code=path.read_text("utf-8"), parent=package, **common)
-            package.set_member(path.stem, module)
+        self._add(folder, pkg, common)
+
+    def _add(self, folder: Path, parent: griffe.Module, common: dict[str, Any]) -> None:
+        init = folder / "__init__.py"
+        code = init.read_text("utf-8") if init.exists() else ""
+        package = griffe.visit(folder.name, filepath=init, code=code, parent=parent, **common)
+        parent.set_member(folder.name, package)
+        for path in sorted(folder.iterdir()):
+            if path.is_dir() and path.name != "__pycache__":
+                self._add(path, package, common)
+            elif path.suffix == ".py" and path != init:
+                source = path.read_text("utf-8")
+                module = griffe.visit(path.stem, filepath=path, code=source, parent=package, **common)
+                package.set_member(path.stem, module)
 
     def on_attribute_instance(self, *, node: Any, attr: griffe.Attribute, **_: Any) -> None:
         value = getattr(node, "value", None)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from infllm_agent.demo import run
+from infllm_agent.cli.demo import run
 
 
 def main() -> None:

@@ -3,8 +3,8 @@
     python docs/sizing.py           # print them
     python docs/sizing.py --write   # put them into the page
 
-The figures follow from a model's shape and the memory's settings; tests/test_docs.py compares them with what a memory
-says of itself.
+The figures follow from a model's shape and the memory's settings; tests/project/test_docs.py
+compares them with what a memory says of itself.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from infllm_agent.blockfile import PAGE as FILE_PAGE
-from infllm_agent.blockfile import SEGMENT_BLOCKS
-from infllm_agent.blocks import HOST_BLOCKS
+from infllm_agent.blocks.layout import BlockShape
+from infllm_agent.blocks.segments import PAGE as FILE_PAGE
+from infllm_agent.blocks.segments import SEGMENT_BLOCKS
+from infllm_agent.blocks.store import HOST_BLOCKS
 from infllm_agent.config import MemoryConfig
-from infllm_agent.index import CELLS, INDEX_STEP
-from infllm_agent.planes import BlockShape
-from infllm_agent.state import Division
+from infllm_agent.memory.index import CELLS, INDEX_STEP
+from infllm_agent.memory.state import Division
 
 PAGE = Path(__file__).parent / "operations.md"
 LENGTHS = (10_000, 100_000, 1_000_000, 10_000_000)

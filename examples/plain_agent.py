@@ -12,7 +12,7 @@ import argparse
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-from infllm_agent.agent_events import AgentRun, CallMade, OutputPiece, TextPiece
+from infllm_agent.agent.events import AgentRun, CallMade, OutputPiece, TextPiece
 from infllm_agent.runtime import AgentRuntime
 
 LOGS = {

@@ -6,11 +6,11 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from infllm_agent.agent.functions import StopAgent, Tool
     from infllm_agent.config import MemoryConfig, RuntimeConfig, SamplingConfig
     from infllm_agent.errors import InfLLMError
-    from infllm_agent.functions import StopAgent, Tool
     from infllm_agent.runtime import AgentRuntime
-    from infllm_agent.session import Session
+    from infllm_agent.session.session import Session
 
 __all__ = [
     "AgentRuntime",
@@ -31,9 +31,9 @@ _HOME = {
     "MemoryConfig": "config",
     "RuntimeConfig": "config",
     "SamplingConfig": "config",
-    "Session": "session",
-    "StopAgent": "functions",
-    "Tool": "functions",
+    "Session": "session.session",
+    "StopAgent": "agent.functions",
+    "Tool": "agent.functions",
 }
 
 

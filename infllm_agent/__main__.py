@@ -2,6 +2,6 @@
 
 import sys
 
-from infllm_agent.cli import main
+from infllm_agent.cli.app import main
 
 sys.exit(main())

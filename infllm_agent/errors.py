@@ -79,3 +79,19 @@ class Stopped(InfLLMError):
 
 class UnsupportedSchema(ConfigError):
     """A JSON schema that is malformed, cannot be satisfied, or asks for what decoding cannot hold an answer to."""
+
+
+class SessionExists(InvalidName):
+    """A session by that name is already in this root."""
+
+
+class DivergedHistory(InfLLMError, ValueError):
+    """A list of messages that continues no session, where branches are not wanted."""
+
+
+class Diverged(InfLLMError):
+    """Another machine has published a commit that a session's local folder does not continue."""
+
+
+class BucketError(StorageError):
+    """An object store cannot be reached, or refuses."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from infllm_agent.records import Message
+from infllm_agent.messages import Message
 from infllm_agent.tools import InvalidCall, ToolCall
 from infllm_agent.trace import Trace
 

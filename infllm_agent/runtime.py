@@ -10,26 +10,27 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from infllm_agent.agent import arun_agent, astream_agent, run_agent, stream_agent
-from infllm_agent.agent_events import AgentEvent, AgentRun
-from infllm_agent.archive import import_session
-from infllm_agent.bucket import Bucket
-from infllm_agent.catalog import Catalog, SessionExists, SessionInfo, check_name
-from infllm_agent.chat import ChatFormat
+from infllm_agent.agent.events import AgentEvent, AgentRun
+from infllm_agent.agent.loop import arun_agent, astream_agent, run_agent, stream_agent
+from infllm_agent.blocks.budgets import Tiers
+from infllm_agent.chat.format import ChatFormat
 from infllm_agent.config import MemoryConfig, RuntimeConfig
-from infllm_agent.dispatch import Dispatcher
-from infllm_agent.errors import BudgetExceeded, ConfigError
-from infllm_agent.fingerprint import check_fingerprint, fingerprint
-from infllm_agent.live import LiveSession
-from infllm_agent.model import LocalModel
-from infllm_agent.observer import Load, Observer
-from infllm_agent.rebuild import rebuild
-from infllm_agent.session import Session
-from infllm_agent.store import SessionStore
-from infllm_agent.tiers import Tiers
+from infllm_agent.errors import BudgetExceeded, ConfigError, SessionExists
+from infllm_agent.generation.grammar import Grammars
+from infllm_agent.live.dispatcher import Dispatcher
+from infllm_agent.live.live_session import LiveSession
+from infllm_agent.maintenance.archive import import_session
+from infllm_agent.maintenance.bucket import Bucket
+from infllm_agent.maintenance.rebuild import rebuild
+from infllm_agent.model.local_model import LocalModel
+from infllm_agent.session.fingerprint import check_fingerprint, fingerprint
+from infllm_agent.session.observer import Load, Observer
+from infllm_agent.session.session import Session
+from infllm_agent.storage.catalog import Catalog, SessionInfo, check_name
+from infllm_agent.storage.session_store import SessionStore
 
 if TYPE_CHECKING:
-    from infllm_agent.metrics import Metrics
+    from infllm_agent.session.metrics import Metrics
 
 
 class AgentRuntime:
@@ -71,6 +72,7 @@ class AgentRuntime:
         self.memory = memory
         self.config = config or RuntimeConfig()
         self.chat = ChatFormat(model.tokenizer, eos_ids=model.eos_ids)
+        self.grammars = Grammars(self.chat)
         if memory is not None:
             model.check_memory(memory)
         self._sessions: dict[str, Session] = {}
@@ -397,6 +399,7 @@ class AgentRuntime:
                     tiers=self.tiers,
                     resume_message=resume_message,
                     observer=self.observer,
+                    grammars=self.grammars,
                 )
                 self._set_up(session)
             except BaseException:
@@ -446,6 +449,6 @@ class AgentRuntime:
 
 
 def _metrics(load: Callable[[], Load]) -> Metrics:
-    from infllm_agent.metrics import Metrics  # which needs what may not be installed
+    from infllm_agent.session.metrics import Metrics  # which needs what may not be installed
 
     return Metrics(load)

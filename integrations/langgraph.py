@@ -22,8 +22,8 @@ from langchain_core.tools import BaseTool, StructuredTool, ToolException
 from pydantic import ConfigDict, Field
 
 from infllm_agent.integrations.langchain import ChatInfLLM
-from infllm_agent.integrations.naming import with_session_id
-from infllm_agent.records import Message
+from infllm_agent.messages import Message
+from infllm_agent.routing.families import with_session_id
 from infllm_agent.tools import calls_json
 
 __all__ = ["SessionRetriever", "history_tool", "tie_sessions"]

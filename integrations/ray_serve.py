@@ -33,11 +33,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from infllm_agent.config import MemoryConfig, RuntimeConfig, SamplingConfig
 from infllm_agent.integrations.server import create_app
-from infllm_agent.integrations.server_config import ServerConfig
-from infllm_agent.integrations.server_keys import ApiKeys
-from infllm_agent.model import LocalModel
+from infllm_agent.integrations.server.auth import ApiKeys
+from infllm_agent.integrations.server.config import ServerConfig
+from infllm_agent.model.local_model import LocalModel
+from infllm_agent.platform.signals import exit_on_signals
 from infllm_agent.runtime import AgentRuntime
-from infllm_agent.signals import exit_on_signals
 
 #: Sends requests of a session to one replica; when that is full, to the next on the ring.
 ROUTER = RequestRouterConfig(request_router_class="ray.serve.experimental.consistent_hash_router.ConsistentHashRouter")

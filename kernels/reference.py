@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from infllm_agent.config import MemoryConfig
-from infllm_agent.kernels.decode import DecodeKeys
+from infllm_agent.kernels.decode_attention.plain import DecodeKeys
 from infllm_agent.kernels.rotary import Rotary
 
 

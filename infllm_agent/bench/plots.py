@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from infllm_agent.bench.scores import BINS
+from infllm_agent.bench.retrieval.scores import BINS
 from infllm_agent.errors import ConfigError, StorageError
 
 #: Inches and dots per inch.

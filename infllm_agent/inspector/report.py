@@ -11,8 +11,8 @@ import numpy as np
 
 from infllm_agent.errors import InfLLMError, UnknownMessage
 from infllm_agent.inspector.places import Places, open_tokenizer
-from infllm_agent.records import Message
-from infllm_agent.store import SessionStore
+from infllm_agent.messages import Message
+from infllm_agent.storage.session_store import SessionStore
 from infllm_agent.trace import Attended, Trace
 
 #: A report has the traces of at most so many answers, the latest.

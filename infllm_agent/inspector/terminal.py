@@ -7,9 +7,9 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from infllm_agent.cli_output import counted, local_time, printable
 from infllm_agent.inspector.report import Answer, Report
-from infllm_agent.records import Message
+from infllm_agent.messages import Message
+from infllm_agent.platform.text import counted, local_time, printable
 
 #: Characters of a question or an answer; and of an excerpt, on each side of what was attended to most.
 SAID_CHARS, EXCERPT_CHARS = 400, 110

@@ -1,4 +1,4 @@
-"""Triton's kernels, where they can be run: on a GPU; or in Triton's interpreter, as tests/test_triton.py does."""
+"""Triton's kernels, where they can be run: on a GPU; or in Triton's interpreter, as tests/kernels does."""
 
 from __future__ import annotations
 
@@ -14,4 +14,4 @@ def device() -> torch.device:
         return torch.device("cuda")
     if os.environ.get("TRITON_INTERPRET") == "1":
         return torch.device("cpu")
-    pytest.skip("needs a CUDA device, or Triton's interpreter (tests/test_triton.py)")
+    pytest.skip("needs a CUDA device, or Triton's interpreter (tests/kernels/test_triton.py)")

@@ -11,10 +11,10 @@ from tiny import ARCHITECTURES, build
 from torch import Tensor
 
 from infllm_agent.config import MemoryConfig
-from infllm_agent.kernels import dispatch
-from infllm_agent.kernels.decode import Angles, DecodeKeys, bounds
-from infllm_agent.memory import ContextMemory, MemoryLayer
-from infllm_agent.model import LocalModel
+from infllm_agent.kernels import backend
+from infllm_agent.kernels.decode_attention.plain import Angles, DecodeKeys, bounds
+from infllm_agent.memory.context import ContextMemory, MemoryLayer
+from infllm_agent.model.local_model import LocalModel
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.gpu
@@ -54,7 +54,7 @@ def decode_keys(layer: MemoryLayer) -> DecodeKeys:
     ],
 )
 def test_a_layer_decodes_the_same(
-    name: str, positions: Any, backend: dispatch.Backend, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    name: str, positions: Any, backend: backend.Backend, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = MemoryConfig(
         n_init=5, n_local=24, block_size=8, topk=3, candidates=6, chunk_size=16, max_cached_block=9, positions=positions
@@ -68,8 +68,8 @@ def test_a_layer_decodes_the_same(
         nonlocal compared
         expected = original(layer, q, k, v, **options)
         if q.shape[1] == 1:
-            with dispatch.using(backend):
-                got = dispatch.decode_attention(
+            with backend.using(backend):
+                got = backend.decode_attention(
                     q[:, 0], decode_keys(layer), scale=options["scale"], softcap=options["softcap"]
                 )
             torch.testing.assert_close(got.out, expected, atol=2e-5, rtol=2e-4)
@@ -101,8 +101,8 @@ def test_a_model_answers_the_same(name: str, rules: dict[str, Any], device: torc
     ids = torch.randint(3, 97, (138,), generator=torch.Generator().manual_seed(2)).tolist()
     cuts = [0, *range(10, 107, 16), *range(107, 119), 134, 135, 136, 137]
     logits = []
-    for backend in ("triton", "plain"):
-        with dispatch.using(backend):
+    for chosen in ("triton", "plain"):
+        with backend.using(chosen):
             memory = model.new_memory(config)
             logits.append(torch.stack([model.forward(ids[a:b], memory) for a, b in pairwise(cuts)]))
     assert memory.store.count > 10

@@ -1,0 +1,220 @@
+"""What the routes of a server share: the runtime, and how blocking work is done for a request."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
+from contextlib import aclosing, contextmanager, suppress
+from typing import Annotated, Any, TypeVar, cast
+
+from fastapi import Depends, Request
+from starlette.responses import StreamingResponse
+from starlette.types import Send
+
+from infllm_agent.config import SamplingConfig
+from infllm_agent.integrations.server.auth import Namespace
+from infllm_agent.integrations.server.config import ServerConfig
+from infllm_agent.integrations.server.errors import CLIENT_GONE, ApiError, body_of, error_of
+from infllm_agent.integrations.server.middleware.metrics import RequestMetrics
+from infllm_agent.integrations.server.response_store import KeptResponses, Key
+from infllm_agent.platform.threads import from_thread
+from infllm_agent.routing.calls import time_limit
+from infllm_agent.routing.handover import Handover
+from infllm_agent.routing.read_ahead import Reader
+from infllm_agent.routing.session_pool import CancelCheck, desk_of
+from infllm_agent.runtime import AgentRuntime
+from infllm_agent.storage.catalog import Catalog
+
+T = TypeVar("T")
+
+
+class Service:
+    """One runtime, served.
+
+    Attributes:
+        defaults: how tokens are chosen where a request does not say.
+        model: what the model is called by those who ask for it.
+    """
+
+    def __init__(self, runtime: AgentRuntime, config: ServerConfig, defaults: SamplingConfig) -> None:
+        self.runtime = runtime
+        self.config = config
+        self.defaults = defaults
+        self.desk = desk_of(runtime)
+        self.desk.kept_open = config.kept_open
+        name = runtime.model.name
+        self.model = config.served_name or (os.path.basename(os.path.abspath(name)) if os.path.isdir(name) else name)
+        self.started = int(time.time())
+        self.running = 0
+        self.requests: RequestMetrics | None = None
+        self._stopping = threading.Event()
+        self.handover = Handover(runtime.root, config.timeout_s) if config.shared else None
+        if self.handover is not None:
+            self.desk.share(runtime, self.handover)
+        self.responses = KeptResponses(runtime.root)
+        self.responses.sweep(self.session_ids)
+        self.reader = Reader(runtime, self.desk, self._stopping.is_set)
+
+    @property
+    def catalog(self) -> Catalog:
+        return Catalog(self.runtime.root)
+
+    def session_ids(self) -> set[str]:
+        return {info.id for info in self.catalog.list()}
+
+    def keep(self, key: Key, response: dict[str, Any]) -> None:
+        """Have a response on disk. Raises StorageError."""
+        self.responses.keep(key, response, self.session_ids)
+
+    @property
+    def stopping(self) -> bool:
+        return self._stopping.is_set()
+
+    def stop(self) -> None:
+        """End what is under way at the next chunk or token; it is taken back. May be called more than once."""
+        self._stopping.set()
+
+    def close(self) -> None:
+        """``stop``, and commit and close the sessions, once what is under way has ended."""
+        self.stop()
+        self.reader.close()
+        if self.handover is not None:
+            self.handover.close()
+        self.desk.close(self.runtime, lambda: False)
+
+    async def stream(
+        self, produce: Callable[[CancelCheck], Iterator[T]], *, unlimited: bool = False
+    ) -> AsyncGenerator[T, None]:
+        """What ``produce`` yields in a thread of its own, until somebody closes this, or ``stop``.
+
+        Args:
+            unlimited: it may take longer than ``timeout_s``.
+        """
+        seconds = None if unlimited else self.config.timeout_s
+        with self._place():
+
+            def stoppable(left: CancelCheck) -> Iterator[T]:
+                with time_limit(seconds, lambda: left() or self._stopping.is_set()) as cancelled:
+                    yield from produce(cancelled)
+
+            async with aclosing(from_thread(stoppable)) as items:
+                async for item in items:
+                    yield item
+
+    async def gather(self, request: Request, produce: Callable[[CancelCheck], Iterator[T]]) -> list[T]:
+        """All that ``produce`` yields; it is told to stop if the client leaves."""
+
+        async def all_of_it() -> list[T]:
+            async with aclosing(self.stream(produce)) as items:
+                return [item async for item in items]
+
+        return await unless_gone(request, all_of_it())
+
+    async def do(self, request: Request, act: Callable[[CancelCheck], T]) -> T:
+        """The result of ``act``, in a thread of its own."""
+        (result,) = await self.gather(request, lambda cancelled: iter([act(cancelled)]))
+        return result
+
+    @contextmanager
+    def _place(self) -> Iterator[None]:
+        if self.stopping:
+            raise ApiError(503, "the server is stopping", code="stopping")
+        if self.running >= self.config.concurrent:
+            raise ApiError(503, f"{self.running} calls are under way; try again", code="overloaded")
+        self.running += 1
+        try:
+            yield
+        finally:
+            self.running -= 1
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """What some work comes to; if the client leaves, it is cancelled. The request's body must have been read."""
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ApiError(CLIENT_GONE, "the client has left", code="client_gone")
+        return await task
+    finally:
+        for each in (task, gone):
+            each.cancel()
+            with suppress(asyncio.CancelledError, Exception):
+                await each
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def service_of(request: Request) -> Service:
+    return cast(Service, request.app.state.service)
+
+
+def namespace_of(request: Request) -> Namespace:
+    return cast(Namespace, request.state.namespace)
+
+
+TheService = Annotated[Service, Depends(service_of)]
+Caller = Annotated[Namespace, Depends(namespace_of)]
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events. A client that does not read is left after ``stall_s`` seconds.
+
+    An error before the first event is raised, so that it gets a status of its own; a later one is the last event.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[str, None], stall_s: float) -> None:
+        super().__init__(events, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        self._events = events
+        self._stall_s = stall_s
+
+    @classmethod
+    async def begun(cls, request: Request, events: AsyncGenerator[str, None], stall_s: float) -> EventStream:
+        async def begin() -> str:
+            try:
+                return await anext(events)
+            except BaseException:
+                await events.aclose()
+                raise
+
+        first = await unless_gone(request, begin())
+
+        async def all_events() -> AsyncGenerator[str, None]:
+            async with aclosing(events):
+                yield first
+                try:
+                    async for event in events:
+                        yield event
+                except Exception as error:
+                    yield event_of(body_of(error_of(error)))
+
+        return cls(all_events(), stall_s)
+
+    async def stream_response(self, send: Send) -> None:
+        async def in_time(message: Any) -> None:
+            async with asyncio.timeout(self._stall_s):
+                await send(message)
+
+        async with aclosing(self._events) as events:
+            try:
+                await in_time({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+                async for event in events:
+                    await in_time({"type": "http.response.body", "body": event.encode(), "more_body": True})
+                await in_time({"type": "http.response.body", "body": b"", "more_body": False})
+            except TimeoutError:
+                pass  # the server closes a connection whose response is not complete
+
+
+def event_of(data: Any, name: str | None = None) -> str:
+    """One server-sent event."""
+    head = f"event: {name}\n" if name else ""
+    return f"{head}data: {json.dumps(data, allow_nan=False)}\n\n"
