@@ -13,17 +13,20 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Any, TypeVar
 
-from langchain_core.callbacks import AsyncCallbackManagerForRetrieverRun, CallbackManagerForRetrieverRun
-from langchain_core.documents import Document
-from langchain_core.retrievers import BaseRetriever
-from langchain_core.runnables import RunnableConfig
-from langchain_core.runnables.config import run_in_executor
-from langchain_core.tools import BaseTool, StructuredTool, ToolException
+try:
+    from langchain_core.callbacks import AsyncCallbackManagerForRetrieverRun, CallbackManagerForRetrieverRun
+    from langchain_core.documents import Document
+    from langchain_core.retrievers import BaseRetriever
+    from langchain_core.runnables import RunnableConfig
+    from langchain_core.runnables.config import run_in_executor
+    from langchain_core.tools import BaseTool, StructuredTool, ToolException
+except ImportError as error:
+    raise ImportError('integrations.langgraph needs langchain-core: pip install "infllm-agent[langchain]"') from error
 from pydantic import ConfigDict, Field
 
 from infllm_agent.integrations.langchain import ChatInfLLM
+from infllm_agent.integrations.langchain.config import with_session_id
 from infllm_agent.messages import Message
-from infllm_agent.routing.families import with_session_id
 from infllm_agent.tools import calls_json
 
 __all__ = ["SessionRetriever", "history_tool", "tie_sessions"]

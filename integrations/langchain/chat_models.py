@@ -27,14 +27,18 @@ from langchain_core.runnables.config import run_in_executor
 from pydantic import ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 from infllm_agent.config import MemoryConfig, SamplingConfig, default_root
+from infllm_agent.integrations.langchain.chunks import chunks_of
+from infllm_agent.integrations.langchain.config import with_session_id
+from infllm_agent.integrations.langchain.messages import history_of
 from infllm_agent.integrations.langchain.structured_output import Method, structured
+from infllm_agent.integrations.langchain.tools import form_of, openai_tool
 from infllm_agent.platform.threads import from_thread
 from infllm_agent.routing.calls import answer_history, never, time_limit
-from infllm_agent.routing.families import family, session_name, with_session_id
-from infllm_agent.routing.requests import Form, Request, form_of, openai_tool
+from infllm_agent.routing.families import family, session_name
+from infllm_agent.routing.requests import Form, Request
 from infllm_agent.routing.requests import tool_choice as choose_tool
 from infllm_agent.routing.session_pool import CancelCheck, Desk, OnDivergence, SessionFolder, Sessions, desk_of
-from infllm_agent.routing.turns import Turn, history_of
+from infllm_agent.routing.turns import Turn
 from infllm_agent.runtime import AgentRuntime
 from infllm_agent.storage.session_store import SessionStore
 
@@ -227,7 +231,7 @@ class ChatInfLLM(BaseChatModel):
             strict: noted in the tools; calls are held to the schema in any case.
 
         Raises:
-            ValueError: a tool or a choice that is none.
+            ValueError: an invalid tool or choice.
         """
         formatted = [openai_tool(tool, strict=strict) for tool in tools]
         choice = choose_tool(tool_choice, [tool["function"]["name"] for tool in formatted])
@@ -252,7 +256,7 @@ class ChatInfLLM(BaseChatModel):
         another history. ``include_raw``: a dict with ``raw``, ``parsed`` and ``parsing_error`` instead.
 
         Raises:
-            ValueError: a schema or a method that is none.
+            ValueError: an invalid schema or method.
         """
         return structured(self, schema, method=method, include_raw=include_raw, strict=strict, **kwargs)
 
@@ -371,13 +375,15 @@ class ChatInfLLM(BaseChatModel):
         sampling, form = self.asked(stop, without_id)
         request = Request(self._history(messages, form), sampling, form)
         with time_limit(options.get("timeout") or self.timeout, cancelled) as stopped:
-            yield from answer_history(
-                self.opened(),
-                base,
-                request,
-                stopped,
-                on_divergence=self.on_divergence,
-                max_branches=self.max_branches,
+            yield from chunks_of(
+                answer_history(
+                    self.opened(),
+                    base,
+                    request,
+                    stopped,
+                    on_divergence=self.on_divergence,
+                    max_branches=self.max_branches,
+                )
             )
 
     def _base(self, session_id: str | None) -> str:
@@ -387,7 +393,7 @@ class ChatInfLLM(BaseChatModel):
         """How to choose tokens, and what form the answer has, by a call's keywords over this object's settings.
 
         Raises:
-            ValueError: what cannot be asked.
+            ValueError: an invalid keyword or value.
         """
         given = {key: value for key, value in options.items() if key not in _NOT_SAMPLING and value is not None}
         form = form_of(given)

@@ -14,7 +14,7 @@ from langchain_core.output_parsers.openai_tools import JsonOutputKeyToolsParser,
 from langchain_core.runnables import Runnable, RunnableGenerator, RunnableMap, RunnablePassthrough
 from langchain_core.utils.pydantic import is_basemodel_subclass
 
-from infllm_agent.routing.requests import json_schema, openai_tool
+from infllm_agent.integrations.langchain.tools import json_schema, openai_tool
 
 Method = Literal["json_schema", "function_calling", "json_mode"]
 
@@ -32,10 +32,10 @@ def structured(
             ``json_schema``, and ``schema`` may be None: any object.
 
     Raises:
-        ValueError: a schema or a method that is none.
+        ValueError: an invalid schema or method.
     """
     if method not in ("json_schema", "function_calling", "json_mode"):
-        raise ValueError(f"method {method!r} is none; use json_schema, function_calling or json_mode")
+        raise ValueError(f"invalid method {method!r}: use json_schema, function_calling or json_mode")
     if schema is None and method != "json_mode":
         raise ValueError(f"method {method} needs a schema: a pydantic class, a TypedDict, or a JSON schema")
     is_class = isinstance(schema, type) and is_basemodel_subclass(schema)

@@ -24,13 +24,14 @@ from infllm_agent.errors import (
     SessionBusy,
     SessionClosed,
     SessionExists,
+    SessionFull,
     SessionLocked,
     SessionMismatch,
     Stopped,
     UnknownMessage,
     UnknownSession,
 )
-from infllm_agent.routing.calls import SessionFull, is_full
+from infllm_agent.routing.calls import is_full
 
 log = logging.getLogger(__name__)
 

@@ -12,10 +12,10 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from infllm_agent.errors import Cancelled, CorruptSession, SessionExists, StorageError
+from infllm_agent.integrations.server.deps import Caller, TheService
 from infllm_agent.integrations.server.errors import CLIENT_GONE, ApiError, JsonResponse
 from infllm_agent.integrations.server.protocol.requests import ERRORS
 from infllm_agent.integrations.server.routers.sessions import fields
-from infllm_agent.integrations.server.service import Caller, TheService
 from infllm_agent.maintenance.archive import read_archive
 from infllm_agent.routing.calls import is_full
 from infllm_agent.routing.session_pool import CancelCheck
