@@ -63,7 +63,7 @@ def _answer(session: Session, request: Request, cancelled: CancelCheck) -> Event
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether an error says that a budget or the disk is full."""
+    """Tell whether an error means that a budget or the disk is full."""
     cause = error.__cause__
     no_space = getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
     return (
@@ -120,7 +120,7 @@ def _append(session: Session, turns: Sequence[Turn]) -> None:
 
 @contextmanager
 def time_limit(seconds: float | None, cancelled: CancelCheck) -> Iterator[CancelCheck]:
-    """A check that also says yes when the time is up, which then is a TimeoutError."""
+    """Give a check that also says yes once the time is up, and turn the Cancelled that follows into a TimeoutError."""
     end = time.monotonic() + (math.inf if seconds is None else seconds)
 
     def is_over() -> bool:

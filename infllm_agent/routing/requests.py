@@ -36,7 +36,7 @@ class Request:
     """One call of a chat model.
 
     Attributes:
-        begins: told of the session, with all that the call brings in it, before the answer begins.
+        begins: called with the session before the answer begins, when it holds all that the call brings.
     """
 
     turns: Sequence[Turn]

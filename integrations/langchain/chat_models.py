@@ -101,7 +101,7 @@ class ChatInfLLM(BaseChatModel):
     """What happens to a list of messages that leaves its session midway: ``branch`` silently, ``warn`` (in the log,
     and branch), or ``error`` (DivergedHistory)."""
     max_branches: int | None = 16
-    """So many branches of a session are kept; beyond that, the one that was used longest ago is deleted."""
+    """Most branches of a session; beyond that, the one that was used longest ago is deleted."""
 
     anonymous_id: str = Field(default_factory=lambda: f"chat-{uuid.uuid4().hex[:16]}", exclude=True, repr=False)
     """The session of calls that name none; ``close`` deletes it."""
@@ -180,14 +180,14 @@ class ChatInfLLM(BaseChatModel):
         return {"memory": self.memory.model_dump()} if self.memory else {}
 
     def get_token_ids(self, text: str) -> list[int]:
-        """The ids of a text by the model's own tokenizer; loads the model."""
+        """Encode a text with the model's own tokenizer; loads the model."""
         if self.custom_get_token_ids is not None:
             return self.custom_get_token_ids(text)
         return self.opened().chat.encoder.encode_text(text)
 
     def get_num_tokens_from_messages(self, messages: list[BaseMessage], tools: Sequence[Any] | None = None) -> int:
-        """The tokens that the messages are for the model: with its template's, what announces the tools, and the
-        request to answer."""
+        """Count the tokens that the model would read: the messages in its template, the announcement of the tools, and
+        the request to answer."""
         chat = self.opened().chat
         turns = self._history(messages, form_of({"tools": tools})) if messages else []
         count = 0
@@ -221,7 +221,7 @@ class ChatInfLLM(BaseChatModel):
         strict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """This model with tools that it may call; the grammar holds every call to its tool's schema.
+        """Give the model tools that it may call; the grammar holds every call to its tool's schema.
 
         Args:
             tools: functions, LangChain tools, pydantic classes, or dicts in OpenAI's, Anthropic's or LangChain's form.
@@ -248,7 +248,7 @@ class ChatInfLLM(BaseChatModel):
         strict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """A runnable whose answers are instances of ``schema`` (a pydantic class), or dicts that satisfy it.
+        """Make a runnable whose answers are instances of ``schema`` (a pydantic class), or dicts that satisfy it.
 
         The grammar holds the answer to the schema whatever the model would rather say. By default the history stays
         as it is, so that a question about a long session costs no more than any other; the model sees the schema's
@@ -335,20 +335,22 @@ class ChatInfLLM(BaseChatModel):
     # None of these loads the model.
 
     def latest_line(self, session_id: str | None = None) -> str | None:
-        """The name of the session, or branch of it, that was used last; None if there is none yet."""
+        """Name the session, or the branch of it, that was used last; None if there is no session yet."""
         lines = family(self.root, self._base(session_id))
         return max(lines, key=lambda info: info.updated).name if lines else None
 
     def read_session(self, name: str) -> SessionStore:
-        """What is stored of a session, to be read and closed."""
+        """Open what is stored of a session, to be read and then closed."""
         return SessionStore.open(self.root, name, readonly=True)
 
     def prune(self, session_id: str | None = None, *, keep: int = 0) -> list[str]:
-        """Delete the session's branches but the ``keep`` used last; the session itself stays. The names deleted."""
+        """Delete a session's branches but the ``keep`` used last, and return their names; the session itself stays."""
         return self._on_desk(lambda desk, runtime: desk.prune(runtime, self._base(session_id), keep))
 
     def delete_session(self, session_id: str | None = None) -> list[str]:
-        """Delete a session and its branches, with all that belongs to them. The names deleted; none is no error.
+        """Delete a session and its branches, with all that belongs to them, and return their names.
+
+        It is not an error if there is no such session.
 
         Raises:
             SessionLocked: another process has it open.
@@ -390,7 +392,7 @@ class ChatInfLLM(BaseChatModel):
         return session_name(session_id or self.session_id or self.anonymous_id)
 
     def asked(self, stop: list[str] | None, options: Mapping[str, Any]) -> tuple[SamplingConfig, Form]:
-        """How to choose tokens, and what form the answer has, by a call's keywords over this object's settings.
+        """Decide how tokens are chosen and what form the answer has: a call's keywords come before the object's settings.
 
         Raises:
             ValueError: an invalid keyword or value.
@@ -405,14 +407,14 @@ class ChatInfLLM(BaseChatModel):
         return history_of(messages, form.tools, lambda: self.opened().chat.default_system)
 
     def _sampling(self, stop: list[str] | None, given: Mapping[str, Any]) -> SamplingConfig:
-        """How to choose tokens: the call's settings over the object's."""
+        """Decide how tokens are chosen: the call's settings come before the object's."""
         values = {name: getattr(self, name) for name in SamplingConfig.model_fields} | dict(given)
         if stop is not None:
             values["stop"] = stop
         return SamplingConfig(**{**values, "stop": tuple(values["stop"] or ())})
 
     def opened(self) -> AgentRuntime:
-        """The runtime that this object works on; loads the model at first use."""
+        """Open the runtime that this object works on, or return it; loads the model at first use."""
         if self.runtime is not None:
             return self.runtime
         with _opening:
@@ -431,7 +433,7 @@ class ChatInfLLM(BaseChatModel):
 
 
 def _decided_by(runtime: AgentRuntime) -> dict[str, Any]:
-    """The fields of a chat model that its runtime decides."""
+    """Read the fields of a chat model that its runtime decides."""
     return {
         "model": runtime.model.name,
         "root": os.fspath(runtime.root),

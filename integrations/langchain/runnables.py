@@ -123,7 +123,7 @@ class SessionRunnable(RunnableSerializable[SessionInput, AIMessage]):
 
 
 def _name_of(runtime: AgentRuntime, session_id: str) -> str:
-    """The session of that name, if there is one: a branch of a chat model's may be gone on with."""
+    """Name the session for an id: the one of that very name, if there is one, which may be a branch."""
     names = {info.name for info in runtime.sessions()}
     return session_id if session_id in names else session_name(session_id)
 

@@ -22,7 +22,7 @@ Method = Literal["json_schema", "function_calling", "json_mode"]
 def structured(
     llm: BaseChatModel, schema: Any, *, method: Method, include_raw: bool, strict: bool | None, **kwargs: Any
 ) -> Runnable[Any, Any]:
-    """A runnable that answers with an instance of ``schema``, if it is a pydantic class, else with a dict.
+    """Make a runnable that answers with an instance of ``schema``, if it is a pydantic class, else with a dict.
 
     In all three the grammar holds the answer to the schema; they differ in what the model is told.
 
@@ -85,6 +85,6 @@ async def _awhole(chunks: AsyncIterator[AIMessage]) -> AsyncIterator[AIMessage]:
 
 
 def _refuse_cut(answer: AIMessage) -> None:
-    """Parsers complete what was cut, and so make up what was never said."""
+    """Refuse an answer that was cut: parsers would complete it, and make up what was never said."""
     if answer.response_metadata.get("finish_reason") == "length":
         raise OutputParserException("the answer does not fit into max_tokens: raise it", llm_output=answer.text)

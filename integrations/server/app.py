@@ -61,7 +61,7 @@ def create_app(
     *,
     hosts: Sequence[str] | None = None,
 ) -> FastAPI:
-    """The application. Its ``state.service`` is a ``Service``; ``close`` of the runtime is its owner's.
+    """Make the application; its ``state.service`` is a ``Service``. The runtime stays its owner's to close.
 
     Args:
         keys: None: everybody who reaches it sees all sessions.

@@ -92,7 +92,7 @@ class Frame:
         self._session = self._caller.own(session.name)
 
     def head(self, kind: str) -> dict[str, Any]:
-        """``session_id`` is not OpenAI's."""
+        """Begin an object. ``session_id`` is not OpenAI's."""
         made = {"id": self._id, "object": kind, "created": self._created, "model": self._model}
         return made | {"session_id": self._session}
 

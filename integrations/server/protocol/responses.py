@@ -106,7 +106,7 @@ class ResponseRequest(AnswerRequest):
         return self.conversation.id if isinstance(self.conversation, ConversationId) else self.conversation
 
     def turns(self) -> list[Turn]:
-        """The input. Calls that follow each other, or a text of the assistant's, are one message."""
+        """Convert the input. Calls that follow each other, or a text of the assistant's, become one message."""
         if isinstance(self.input, str):
             return [Turn("user", self.input)]
         turns: list[Turn] = []

@@ -16,7 +16,7 @@ router = APIRouter(responses=ERRORS)
 
 @router.get("/healthz")
 async def healthz(service: TheService) -> dict[str, Any]:
-    """Whether the server takes requests."""
+    """Tell whether the server takes requests."""
     if service.stopping:
         raise ApiError(503, "the server is stopping", code="stopping")
     return {"status": "ok", "model": service.model, "calls": service.running}
@@ -24,7 +24,7 @@ async def healthz(service: TheService) -> dict[str, Any]:
 
 @router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(service: TheService) -> Response:
-    """What all sessions do, and what requests there are, in Prometheus' text format."""
+    """Count what all sessions do, and what requests there are, in Prometheus' text format."""
     found = service.runtime.metrics
     if found is None:
         raise ApiError(

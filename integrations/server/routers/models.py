@@ -15,12 +15,13 @@ router = APIRouter(prefix="/v1", responses=ERRORS)
 
 @router.get("/models")
 async def list_models(service: TheService) -> dict[str, Any]:
-    """The model that is served."""
+    """List the model that is served."""
     return {"object": "list", "data": [_model(service)]}
 
 
 @router.get("/models/{model:path}")
 async def show_model(model: str, service: TheService) -> dict[str, Any]:
+    """Show the model that is served."""
     check_model(service, model)
     return _model(service)
 

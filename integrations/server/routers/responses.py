@@ -143,7 +143,7 @@ class _Record:
         self.done: dict[str, Any] = {}
 
     def begin(self, session: Session) -> None:
-        """The session is known, and how many messages it will have with the answer."""
+        """Note the session, and how many messages it will have with the answer."""
         self.key = Key(session.store.id, session.message_count + 1)
 
     def keeping(self, answer: Answer) -> Answer:

@@ -53,7 +53,7 @@ async def show_response(
     caller: Caller,
     stream: Annotated[bool, Query(description="not served: a response is complete when it is stored")] = False,
 ) -> Response:
-    """A response, as it was given."""
+    """Show a response as it was given."""
     if stream:
         raise bad_request("stream: a stored response is complete; leave it out", "stream", "unsupported_parameter")
     found = await service.do(request, lambda _: kept_response(service, caller, response_id, "response_id")[2])
@@ -62,7 +62,7 @@ async def show_response(
 
 @router.delete("/{response_id}")
 async def delete_response(response_id: str, request: Request, service: TheService, caller: Caller) -> Response:
-    """Keep a response no longer. Its history stays, in its session, until that is deleted."""
+    """Delete a response. Its history stays, in its session, until that is deleted."""
 
     def delete(cancelled: CancelCheck) -> None:
         _, key, _ = kept_response(service, caller, response_id, "response_id")
@@ -82,7 +82,7 @@ async def list_input_items(
     order: Annotated[Literal["asc", "desc"], Query()] = "desc",
     after: Annotated[str | None, Query(description="the id of an item: only what follows it")] = None,
 ) -> Response:
-    """What the response answered: the whole history before it, the latest first."""
+    """List what the response answered: the whole history before it, the latest first."""
 
     def read(cancelled: CancelCheck) -> dict[str, Any]:
         info, key, _ = kept_response(service, caller, response_id, "response_id")
