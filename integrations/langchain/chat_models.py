@@ -392,7 +392,7 @@ class ChatInfLLM(BaseChatModel):
         return session_name(session_id or self.session_id or self.anonymous_id)
 
     def asked(self, stop: list[str] | None, options: Mapping[str, Any]) -> tuple[SamplingConfig, Form]:
-        """Decide how tokens are chosen and what form the answer has: a call's keywords come before the object's settings.
+        """Decide how tokens are chosen and what form the answer has: keywords of the call, else this object's settings.
 
         Raises:
             ValueError: an invalid keyword or value.
