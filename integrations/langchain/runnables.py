@@ -14,11 +14,11 @@ from langchain_core.outputs import ChatGenerationChunk, ChatResult
 from langchain_core.runnables import RunnableConfig, RunnableSerializable
 
 from infllm_agent.integrations.langchain.chat_models import ChatInfLLM
+from infllm_agent.platform.cancellation import Cancellation
 from infllm_agent.platform.threads import from_thread
 from infllm_agent.routing.calls import answer_events, never, time_limit
 from infllm_agent.routing.families import session_name, with_session_id
 from infllm_agent.routing.requests import Request
-from infllm_agent.routing.session_pool import CancelCheck
 from infllm_agent.routing.turns import SessionInput, turns_of
 from infllm_agent.runtime import AgentRuntime
 
@@ -101,7 +101,7 @@ class SessionRunnable(RunnableSerializable[SessionInput, AIMessage]):
                     yield cast(AIMessage, chunk.message)
 
     def _chunks(
-        self, input: SessionInput, config: RunnableConfig, options: dict[str, Any], cancelled: CancelCheck
+        self, input: SessionInput, config: RunnableConfig, options: dict[str, Any], cancelled: Cancellation
     ) -> Iterator[ChatGenerationChunk]:
         turns = turns_of(input)
         options = dict(with_session_id(config, options))

@@ -43,10 +43,10 @@ from infllm_agent.integrations.server.routers.chat_completions import (
 )
 from infllm_agent.integrations.server.routers.stored_responses import call_item, kept_response, message_item, text_part
 from infllm_agent.integrations.server.service import Caller, EventStream, Service, TheService, event_of
+from infllm_agent.platform.cancellation import Cancellation
 from infllm_agent.routing.families import branch_base
 from infllm_agent.routing.requests import Form
 from infllm_agent.routing.requests import Request as Call
-from infllm_agent.routing.session_pool import CancelCheck
 from infllm_agent.routing.turns import Turn
 from infllm_agent.session.session import Session
 
@@ -204,7 +204,7 @@ def _answer_to(asked: ResponseRequest, service: Service, caller: Namespace, id: 
             new = [Turn("system", asked.instructions), *new]
         return partial(answer_next, service, caller, conversation, Call(new, sampling, form, record.begin), "input")
 
-    def answer(cancelled: CancelCheck) -> Chunks:
+    def answer(cancelled: Cancellation) -> Chunks:
         family, before = id, list[Turn]()
         if asked.previous_response_id is not None:
             family, before = _found(service, caller, asked.previous_response_id)
@@ -284,7 +284,7 @@ class _Record:
         """The same answer. Once it is committed, and before anybody is told, ``done`` has the response, which is kept
         if that is wanted."""
 
-        def kept(cancelled: CancelCheck) -> Chunks:
+        def kept(cancelled: Cancellation) -> Chunks:
             parts = list[ChatGenerationChunk]()
             with closing(cast(Generator[ChatGenerationChunk], answer(cancelled))) as chunks:
                 for chunk in chunks:
