@@ -7,6 +7,7 @@ against ``kernels.reference.attention``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -124,3 +125,29 @@ def _attend_plain(
     weights = logits.sub_(lse.unsqueeze(-1)).exp_().to(v.dtype)
     out = weights.view(kv_heads, group * n, m) @ v
     return Partial(out.view(kv_heads * group, n, -1), lse.view(kv_heads * group, n))
+
+
+def reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    causal: bool = False,
+    mask: Tensor | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``kernels.attention.attend`` head by head in float64: outputs (q_heads, n, head_dim), lse (q_heads, n)."""
+    group = q.shape[0] // k.shape[0]
+    outs, lses = [], []
+    for head in range(q.shape[0]):
+        logits = q[head].double() @ k[head // group].double().T * scale
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        if causal:
+            logits = logits.masked_fill(torch.ones_like(logits).triu(1).bool(), -math.inf)
+        if mask is not None:
+            logits = logits.masked_fill(~mask, -math.inf)
+        outs.append(torch.softmax(logits, -1) @ v[head // group].double())
+        lses.append(torch.logsumexp(logits, -1))
+    return torch.stack(outs).to(q.dtype), torch.stack(lses).float()

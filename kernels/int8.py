@@ -27,3 +27,14 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
 def dequantize(q: Tensor, scales: Tensor) -> Tensor:
     """What ``quantize`` was given, to half a scale: float32 (n, heads, size, head_dim)."""
     return q.float() * scales[:, :, None, None]
+
+
+def rounded(x: Tensor) -> Tensor:
+    """What becomes of a head's numbers in eight bits: each to the nearest multiple of the 127th part of the largest."""
+    out = torch.empty_like(x, dtype=torch.float32)
+    for block in range(x.shape[0]):
+        for head in range(x.shape[1]):
+            numbers = x[block, head].float()
+            step = numbers.abs().max() / 127
+            out[block, head] = torch.round(numbers / step) * step if step > 0 else 0.0
+    return out

@@ -8,9 +8,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from infllm_agent.blocks.store import BlockCache
-from infllm_agent.kernels import backend
-from infllm_agent.kernels.decode_attention.plain import to_device
+from infllm_agent.blocks.device_cache import BlockCache
+from infllm_agent.kernels.decode_attention.keys import to_device
+from infllm_agent.kernels.votes import best, votes
 from infllm_agent.kernels.votes.plain import attention_mass
 
 #: Gives the keys, or values, (n, kv_heads, block_size, head_dim) of blocks.
@@ -49,7 +49,7 @@ class Candidates:
 
     def best(self, asking: Tensor, scale: float, count: int) -> Tensor:
         """The ``count`` blocks with the largest attention mass of queries (q_heads, n, head_dim) float32; ascending."""
-        return self.blocks[backend.best(attention_mass(asking, self.keys, scale), count)]
+        return self.blocks[best(attention_mass(asking, self.keys, scale), count)]
 
     def keys_of(self, blocks: list[int]) -> Tensor:
         """Keys of some of them, (len(blocks), kv_heads, block_size, head_dim)."""
@@ -80,8 +80,8 @@ class CachedCandidates(Candidates):
         self._bring()
         size = self._cache.k.shape[2]
         keys = self._cache.k.flatten(1, 2).transpose(0, 1)
-        mass = backend.votes(asking, keys, scale, chosen=self._rows).view(-1, size).sum(dim=1)
-        return self.blocks[backend.best(mass, count)]
+        mass = votes(asking, keys, scale, chosen=self._rows).view(-1, size).sum(dim=1)
+        return self.blocks[best(mass, count)]
 
     def slots_of(self, chosen: Tensor) -> Tensor:
         """Where in the cache those of them lie that were chosen just now: (len(chosen),) int32, on the device."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from infllm_agent.blocks.store import BlockCache
+from infllm_agent.blocks.device_cache import BlockCache
 from infllm_agent.config import MemoryConfig
-from infllm_agent.kernels import backend
-from infllm_agent.kernels.decode_attention.plain import Angles, Bounds, DecodeKeys
+from infllm_agent.kernels.decode_attention import decode_attention
+from infllm_agent.kernels.decode_attention.keys import Angles, Bounds, DecodeKeys
 from infllm_agent.memory.far_keys import FarKeys
 from infllm_agent.memory.window import Window
 
@@ -33,7 +33,7 @@ class Decoder:
             q: (q_heads, 1, head_dim) without rotary embedding.
             slots: (blocks,) int32, where in the cache the looked-up blocks lie, in their order.
         """
-        return backend.decode_attention(q[:, 0], self.keys(slots), scale=scale, softcap=softcap).out
+        return decode_attention(q[:, 0], self.keys(slots), scale=scale, softcap=softcap).out
 
     def keys(self, slots: Tensor) -> DecodeKeys:
         """What that token attends to."""

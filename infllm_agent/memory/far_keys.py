@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from infllm_agent.blocks.store import BlockCache
+from infllm_agent.blocks.device_cache import BlockCache
 from infllm_agent.config import MemoryConfig
 from infllm_agent.kernels.rotary import RotaryTable
 from infllm_agent.memory.window import Window

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from infllm_agent.kernels import backend
+from infllm_agent.kernels.votes import best
 from infllm_agent.kernels.votes.plain import SLAB, cell_shares, cell_sizes, votes, votes_among
 from infllm_agent.platform.threads import begun
 
@@ -228,7 +228,7 @@ class Cells:
         cells = self._of_blocks.all.T.long()
         shares, total = cell_shares(q, self._centres, self._sizes, scale)
         a_block = shares.sum(dim=1) / self._sizes.clamp_min(1)
-        near = backend.best(a_block.gather(1, cells).sum(dim=0), count)
+        near = best(a_block.gather(1, cells).sum(dim=0), count)
         far = 1 - cell_sizes(cells[:, near], self._grid.cells) / self._sizes.clamp_min(1)
         return near, total + (shares @ far.unsqueeze(-1)).log()
 
@@ -331,11 +331,11 @@ class BlockIndex:
         """The ``count`` blocks with the most votes of queries (q_heads, n, head_dim) float32; ascending."""
         cells = self._cells
         if cells is None:
-            return backend.best(votes(q, self.keys, scale), count)
+            return best(votes(q, self.keys, scale), count)
         compared = max(count, math.isqrt(cells.flat * self.count // 2))
         near, others = cells.near(q, scale, compared)
         keys = self.keys.flatten(1).index_select(0, near).view(-1, *self.keys.shape[1:])  # far faster than [near]
-        return near[backend.best(votes_among(q, keys, others, scale), count)]
+        return near[best(votes_among(q, keys, others, scale), count)]
 
     def device_bytes(self) -> int:
         return self._keys.device_bytes() + self._size_of_cells()

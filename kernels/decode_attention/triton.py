@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from infllm_agent.kernels.attention import Partial
-from infllm_agent.kernels.decode_attention.plain import DecodeKeys, check
+from infllm_agent.kernels.decode_attention.keys import DecodeKeys, check
 from infllm_agent.kernels.triton_common import SHARED_BYTES, configs, interpreted, power_of_two, precision
 
 #: Most shares of the keys.

@@ -17,30 +17,6 @@ SLAB = 1024
 FEW = 16
 
 
-def representative_scores(k: Tensor, queries: Tensor, n_local: int) -> Tensor:
-    """How much attention each of some tokens received from the ``n_local`` tokens after it (InfLLM, eq. 3).
-
-        r_m = 1/l Σ_{j=1..l} q_{m+j} · k_m
-
-    A running sum over the queries gives every r_m with one dot product.
-
-    Args:
-        k: (kv_heads, size, head_dim), the tokens m, m + 1, ...
-        queries: (kv_heads, ≥ size + n_local, head_dim), the queries of m, m + 1, ... averaged over the heads
-            that share a key head.
-
-    Returns:
-        (kv_heads, size) float32.
-    """
-    size = k.shape[1]
-    queries = queries[:, : size + n_local].float()
-    running = queries[:, n_local:] - queries[:, :size]  # as m moves on, one query enters the sum and one leaves
-    first_sum = queries[:, :n_local].sum(dim=1, keepdim=True)
-    # Σ_{j=1..l} q_{m+j} for m = 0, 1, ...: entering q_{m+l}, leaving q_m.
-    sums = first_sum + running.cumsum(dim=1)
-    return (sums * k.float()).sum(dim=-1) / n_local
-
-
 def similarity(q: Tensor, block_keys: Tensor) -> Tensor:
     """Every query and head summed raw (InfLLM, eq. 2): sim(X, B) = Σ_i Σ_j q_i · k_{r_j}.
 

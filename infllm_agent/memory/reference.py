@@ -1,132 +1,17 @@
-"""Plain, slow references, written from the equations: what the fast paths are tested against."""
+"""The whole method, slow and plain: InfLLM (arXiv 2402.04617) written from its equations.
+
+The memory is tested against it.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from infllm_agent.config import MemoryConfig
-from infllm_agent.kernels.decode_attention.plain import DecodeKeys
 from infllm_agent.kernels.rotary import Rotary
-
-
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    scale: float,
-    causal: bool = False,
-    mask: Tensor | None = None,
-    softcap: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """``kernels.attention.attend`` head by head in float64: outputs (q_heads, n, head_dim), lse (q_heads, n)."""
-    group = q.shape[0] // k.shape[0]
-    outs, lses = [], []
-    for head in range(q.shape[0]):
-        logits = q[head].double() @ k[head // group].double().T * scale
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
-        if causal:
-            logits = logits.masked_fill(torch.ones_like(logits).triu(1).bool(), -math.inf)
-        if mask is not None:
-            logits = logits.masked_fill(~mask, -math.inf)
-        outs.append(torch.softmax(logits, -1) @ v[head // group].double())
-        lses.append(torch.logsumexp(logits, -1))
-    return torch.stack(outs).to(q.dtype), torch.stack(lses).float()
-
-
-def votes_among(q: Tensor, block_keys: Tensor, others: Tensor, scale: float) -> Tensor:
-    """``kernels.lookup.votes_among`` query by query in float64."""
-    votes = torch.zeros(len(block_keys), dtype=torch.float64)
-    for query, shared, row in _by_query(q, block_keys.shape[1]):
-        logits = [float(query @ key[shared].double()) * scale for key in block_keys] + [float(others[shared, row])]
-        votes += torch.softmax(torch.tensor(logits, dtype=torch.float64), 0)[:-1]
-    return votes.float()
-
-
-def cell_shares(q: Tensor, centres: Tensor, sizes: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """``kernels.lookup.cell_shares`` query by query in float64."""
-    kv_heads, cells = sizes.shape
-    shares = torch.zeros(kv_heads, q[..., 0].numel() // kv_heads, cells)
-    totals = torch.zeros(*shares.shape[:2], 1)
-    for query, shared, row in _by_query(q, kv_heads):
-        weights = [
-            int(size) * math.exp(float(query @ centre.double()) * scale)
-            for size, centre in zip(sizes[shared], centres[shared], strict=True)
-        ]
-        shares[shared, row] = torch.tensor(weights) / sum(weights)
-        totals[shared, row] = math.log(sum(weights))
-    return shares, totals
-
-
-def decode_attention(
-    q: Tensor, keys: DecodeKeys, *, scale: float, softcap: float | None = None
-) -> tuple[Tensor, Tensor]:
-    """``kernels.decode.decode_attention_plain`` key by key in float64; keys are rotated pair of channels by pair."""
-    n_sinks, n_blocks, start, stop = keys.bounds.tolist()
-    kv_heads, _, block_size, _ = keys.cache_k.shape
-    far = [(keys.sink_k[:, i], keys.sink_v[:, i]) for i in range(n_sinks)]
-    for slot in keys.slots[:n_blocks].tolist():
-        far += [(keys.cache_k[:, slot, i], keys.cache_v[:, slot, i]) for i in range(block_size)]
-    near = [(keys.near_k[:, i], keys.near_v[:, i]) for i in range(start, stop)]
-    end = len(far) + len(near) - 1
-    far_position, contiguous = end, True
-    if keys.angles is not None and keys.angles.far_distance is not None:
-        far_position, contiguous = keys.angles.far_distance, False
-    outs, lses = [], []
-    for head in range(len(q)):
-        shared = head * kv_heads // len(q)
-        q_far, q_near = _turned(q[head], far_position, keys), _turned(q[head], stop - 1, keys)
-        logits = [
-            q_far @ _turned(k[shared], position if contiguous else 0, keys) for position, (k, _) in enumerate(far)
-        ] + [q_near @ k[shared].double() for k, _ in near]
-        each = torch.stack(logits) * scale
-        if softcap is not None:
-            each = softcap * torch.tanh(each / softcap)
-        outs.append(torch.softmax(each, 0) @ torch.stack([v[shared].double() for _, v in far + near]))
-        lses.append(torch.logsumexp(each, 0))
-    return torch.stack(outs).unsqueeze(1).to(q.dtype), torch.stack(lses).unsqueeze(1).float()
-
-
-def _turned(x: Tensor, position: int, keys: DecodeKeys) -> Tensor:
-    """A query or key (head_dim,) at a position, in float64."""
-    out = x.double().clone()
-    if keys.angles is None or position == 0:
-        return out
-    cos, sin, half = keys.angles.cos[position].double(), keys.angles.sin[position].double(), keys.angles.cos.shape[1]
-    for i in range(half):
-        a, b = (2 * i, 2 * i + 1) if keys.angles.interleaved else (i, i + half)
-        first, second = out[a].clone(), out[b].clone()
-        out[a], out[b] = first * cos[i] - second * sin[i], second * cos[i] + first * sin[i]
-    return out
-
-
-def representative_keys(k: Tensor, queries: Tensor, n_local: int, repr_topk: int) -> Tensor:
-    """``kernels.dispatch.representative_keys`` token by token in float64."""
-    heads, count, size, _ = k.shape
-    out = torch.zeros(heads, count, k.shape[3], dtype=torch.float64)
-    for head in range(heads):
-        for block in range(count):
-            received = []
-            for i in range(size):
-                m = block * size + i
-                after = queries[head, m + 1 : m + 1 + n_local].double()
-                received.append(float((after @ k[head, block, i].double()).sum()))
-            best = sorted(range(size), key=lambda i: -received[i])[:repr_topk]
-            out[head, block] = k[head, block, best].double().mean(0)
-    return out.float()
-
-
-def _by_query(q: Tensor, kv_heads: int) -> Iterator[tuple[Tensor, int, int]]:
-    """Every query of every head, with the key head that it asks and its number among those that ask it."""
-    group = q.shape[0] // kv_heads
-    for head in range(q.shape[0]):
-        for i in range(q.shape[1]):
-            yield q[head, i].double(), head // group, head % group * q.shape[1] + i
 
 
 class ReferenceLayer:
@@ -284,14 +169,3 @@ class ReferenceMemory:
 
     def advance(self, n: int) -> None:
         """Nothing to do: what has left the window follows from the number of tokens."""
-
-
-def rounded(x: Tensor) -> Tensor:
-    """What becomes of a head's numbers in eight bits: each to the nearest multiple of the 127th part of the largest."""
-    out = torch.empty_like(x, dtype=torch.float32)
-    for block in range(x.shape[0]):
-        for head in range(x.shape[1]):
-            numbers = x[block, head].float()
-            step = numbers.abs().max() / 127
-            out[block, head] = torch.round(numbers / step) * step if step > 0 else 0.0
-    return out
