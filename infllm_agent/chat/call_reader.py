@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+from infllm_agent.chat.call_form import CALL_ID, ID_HOLE, CallForm
 from infllm_agent.chat.encoder import TextEncoder
-from infllm_agent.chat.tool_format import CALL_ID, ID_HOLE, CallForm
 from infllm_agent.tools import InvalidCall, ToolCall, dumps, load_first, loads, plain_json
 
 #: Llama's announcement of code, and now and then of calls.
@@ -51,7 +51,6 @@ class CallReader:
     """Reads calls in one form. "Coded" text has a lone surrogate for each token that is a marker of the form."""
 
     def __init__(self, form: CallForm, encoder: TextEncoder) -> None:
-        self._tokenizer: Tokenizer = encoder.backend
         written = "".join((form.alone, form.middle, form.between or "", form.end))
         self._codes: dict[str, str] = {}
         #: The code of each marker that is a token.
@@ -81,11 +80,6 @@ class CallReader:
             coded = coded.replace(code, marker)
         return coded
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Generated ids as coded text, other special tokens left out."""
-        stream = CodedStream(self._tokenizer, self.codes)
-        return "".join(map(stream.step, ids))
-
     def opens_at(self, coded: str) -> int | None:
         """Where a call begins, or may have begun, in a coded text that is still being written."""
         if self.opener:
@@ -93,10 +87,6 @@ class CallReader:
             return None if place < 0 else place
         begun = coded.lstrip()
         return len(coded) - len(begun) if begun.startswith(("{", self._python_tag)) else None
-
-    def parse_ids(self, ids: Iterable[int], names: Collection[str] | None = None) -> Parsed:
-        """As ``parse``, from generated ids."""
-        return self.parse(self.decode(ids), names)
 
     def parse(self, coded: str, names: Collection[str] | None = None, *, behind_text: bool = False) -> Parsed:
         """The text and the calls of a whole answer, or of the part of one that is left ``behind_text``.

@@ -19,9 +19,11 @@ from typing import Any, Literal, cast, get_args
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from infllm_agent.chat.announcement import Frame
+from infllm_agent.chat.call_form import ID_HOLE, Part, filled, written_id
 from infllm_agent.chat.call_reader import CallReader
 from infllm_agent.chat.encoder import TextEncoder, TextStream, clean_text
-from infllm_agent.chat.tool_format import ID_HOLE, Frame, Part, ToolFormat, filled, written_id
+from infllm_agent.chat.tool_format import ToolFormat
 from infllm_agent.errors import InvalidName, UnsupportedModel
 from infllm_agent.tools import ToolCall, ToolSpec, check_name
 
@@ -54,7 +56,7 @@ _LABELS = {"tool": "Tool result", "observation": "Observation"}
 _A, _B, _C, _D, _S = (f"{letter}probe6f1d{letter}" for letter in "abcds")
 _CALL, _TOOL, _NO_ROLE = "callid6f1", "toolname6f1d", "norole6f1d"
 
-Message = dict[str, str]
+TemplateMessage = dict[str, str]
 Render = Callable[..., str | None]
 
 
@@ -298,7 +300,7 @@ class _Probe:
         head, tail = head.replace(_CALL, ID_HOLE), tail.replace(_CALL, ID_HOLE)
         return Wrapper(self.preamble + head, head, tail)
 
-    def _required(self, messages: list[Message], **options: Any) -> str:
+    def _required(self, messages: list[TemplateMessage], **options: Any) -> str:
         text = self._render(messages, **options)
         if text is None:
             raise UnsupportedModel(
@@ -306,7 +308,7 @@ class _Probe:
             )
         return text
 
-    def _around(self, messages: list[Message], content: str, **options: Any) -> tuple[str, str]:
+    def _around(self, messages: list[TemplateMessage], content: str, **options: Any) -> tuple[str, str]:
         """The text before and after a content."""
         text = self._required(messages, **options)
         if text.count(content) != 1:
@@ -332,7 +334,7 @@ def _enclosed(preamble: str, system: Wrapper) -> str:
     return "" if _DATE_MARK.search(content) else content
 
 
-def _message(role: str, content: str) -> Message:
+def _message(role: str, content: str) -> TemplateMessage:
     return {"role": role, "content": content}
 
 
@@ -358,7 +360,7 @@ def _renderer(tokenizer: PreTrainedTokenizerBase, template: str, options: Mappin
     begins = bool(tokenizer.bos_token) and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
     fixed = {"add_bos": begins, **options, "chat_template": _DATE_MACRO + template, "tokenize": False}
 
-    def render(messages: list[Message], **more: Any) -> str | None:
+    def render(messages: list[TemplateMessage], **more: Any) -> str | None:
         try:
             return cast(str, tokenizer.apply_chat_template(messages, **fixed, **more))
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError):

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from infllm_agent.chat.format import ChatFormat
 from infllm_agent.config import SamplingConfig
-from infllm_agent.generation.grammar import Constraint
-from infllm_agent.generation.sampler import Sampler, TextPieces
+from infllm_agent.generation.constraint import Constraint
+from infllm_agent.generation.sampler import Sampler
+from infllm_agent.generation.text_pieces import TextPieces
 from infllm_agent.tools import InvalidCall, ToolCall
 
 

@@ -19,7 +19,7 @@ from infllm_agent.model.attention_hook import Memory
 #: Of a step's time, how long the next one waits for sessions that were in it and have not come back yet.
 PATIENCE = 0.1
 
-Turn = Callable[[], AbstractContextManager[None]]
+TakeTurn = Callable[[], AbstractContextManager[None]]
 Outcome = Tensor | Exception
 Compute = Callable[[Sequence[int], Sequence[Memory]], list[Outcome]]
 
@@ -41,7 +41,7 @@ class DecodeBatch:
         compute: one forward for the tokens of several memories; gives each its logits, or why it has none.
     """
 
-    def __init__(self, turn: Turn, compute: Compute) -> None:
+    def __init__(self, turn: TakeTurn, compute: Compute) -> None:
         self._turn, self._compute = turn, compute
         self._mutex = threading.Lock()
         self._waiting: list[_Entry] = []  # the first leads
