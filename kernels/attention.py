@@ -1,8 +1,8 @@
 """Attention over one set of keys, with its log-sum-exp, and the exact merge of several sets.
 
 Attention over disjoint sets of keys can be computed apart and merged exactly: each set's output is weighted with
-its share of the total softmax mass, which its log-sum-exp gives. ``attend`` chooses the backend; each is checked
-against ``kernels.reference.attention``.
+its share of the total softmax mass, which its log-sum-exp gives. ``attend`` chooses what computes, by device and dtype;
+all of it is checked against ``reference``.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def attend(
     mask: Tensor | None = None,
     softcap: float | None = None,
 ) -> Partial:
-    """Attention of ``q`` (q_heads, n, head_dim) over ``k``, ``v`` (kv_heads, m, head_dim).
+    """Attend with ``q`` (q_heads, n, head_dim) to ``k``, ``v`` (kv_heads, m, head_dim).
 
     Args:
         scale: factor on q·k.
@@ -50,7 +50,7 @@ def attend(
 
 
 def merge(parts: Sequence[Partial]) -> Partial:
-    """One softmax over the union of the parts' keys."""
+    """Merge attention over several sets of keys into one softmax over their union."""
     if len(parts) == 1:
         return parts[0]
     lse = parts[0].lse
@@ -84,7 +84,7 @@ def _has_fused(q: Tensor, mask: Tensor | None) -> bool:
 
 
 def _attend_fused(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Tensor | None) -> Partial:
-    """PyTorch's flash kernels. Query heads that share a key head are folded, so keys are never repeated."""
+    """Attend with PyTorch's flash kernels. Query heads that share a key head are folded, so keys are never repeated."""
     kv_heads, group = k.shape[0], q.shape[0] // k.shape[0]
     n = q.shape[1]
     if causal or mask is not None:
@@ -110,7 +110,7 @@ def _attend_fused(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, m
 def _attend_plain(
     q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Tensor | None, softcap: float | None
 ) -> Partial:
-    """Two matrix products and a softmax: any device, any dtype, soft-capped logits."""
+    """Attend with two matrix products and a softmax: on any device, in any dtype, with soft-capped logits."""
     kv_heads, group = k.shape[0], q.shape[0] // k.shape[0]
     n, m = q.shape[1], k.shape[1]
     logits = (q.reshape(kv_heads, group * n, -1) @ k.transpose(1, 2)).float().mul_(scale)
@@ -137,7 +137,11 @@ def reference(
     mask: Tensor | None = None,
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``kernels.attention.attend`` head by head in float64: outputs (q_heads, n, head_dim), lse (q_heads, n)."""
+    """Attend head by head in float64: the reference for ``attend``.
+
+    Returns:
+        Outputs (q_heads, n, head_dim), log-sum-exps (q_heads, n).
+    """
     group = q.shape[0] // k.shape[0]
     outs, lses = [], []
     for head in range(q.shape[0]):

@@ -34,7 +34,7 @@ class BlockCache:
         self._misses = 0
 
     def fetch(self, blocks: Sequence[int], load: Callable[[list[int]], tuple[Tensor, Tensor]]) -> list[int]:
-        """The slots of ``blocks``, loading those that are absent. None of ``blocks`` is evicted for another of them.
+        """Find the slots of ``blocks``, loading those that are absent. None of ``blocks`` is evicted for another.
 
         Args:
             load: gives the keys and values of absent blocks, in their order, each (n, kv_heads, block_size, head_dim),
@@ -61,7 +61,7 @@ class BlockCache:
         return [self._slot_of[block] for block in blocks]
 
     def count_hits(self, blocks: int) -> None:
-        """So many were there, and were read without being asked for."""
+        """Count blocks that were there, and were read without being asked for."""
         self._hits += blocks
 
     def __contains__(self, block: int) -> bool:

@@ -25,14 +25,15 @@ class Frame(NamedTuple):
 
 @dataclass(frozen=True)
 class Announcement:
-    """How a system message announces tools: its frame with ``TOOLS_HOLE`` in it, and how each tool is written."""
+    """The way in which a system message announces tools: a frame with ``TOOLS_HOLE`` in it, and how a tool is
+    written."""
 
     frame: Frame
     write: Callable[[dict[str, Any]], str]
     separator: str
 
     def parts(self, frame_text: str, tools: Sequence[ToolSpec]) -> Iterator[Part]:
-        """One side of the frame, filled in."""
+        """Fill in one side of the frame."""
         before, hole, after = frame_text.partition(TOOLS_HOLE)
         yield Part(before, True)
         if hole:
@@ -56,7 +57,7 @@ def plain_announcement(system: Frame, form: CallForm) -> Announcement:
 
 
 def writers() -> list[Callable[[dict[str, Any]], str]]:
-    """The ways in which templates write a tool."""
+    """List the ways in which templates write a tool."""
 
     def of_function(write: Callable[[Any], str]) -> Callable[[dict[str, Any]], str]:
         return lambda tool: write(tool["function"])

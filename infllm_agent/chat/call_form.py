@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from infllm_agent.tools import ToolCall, dumps
 
-#: Stands where an id is to be put: of the call whose name came last.
+#: Stands where an id is to be put: that of the call whose name came last.
 ID_HOLE = "\ue010"
 #: What models write ids of: Mistral's templates refuse anything else.
 CALL_ID = re.compile("[A-Za-z0-9]{9}")
@@ -37,7 +37,7 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class CallForm:
-    """How calls are written: the control text between their names and arguments, with ``ID_HOLE`` where an id goes.
+    """The way in which calls are written: control text between names and arguments, with ``ID_HOLE`` where an id goes.
 
     ``alone`` + name + ``middle`` + arguments + (``between`` + name + ``middle`` + arguments) * n + ``end``, where
     ``after_text`` takes the place of ``alone`` behind a text. ``between`` is None where there can be one call only.
@@ -79,7 +79,7 @@ class CallForm:
         return True
 
     def parts(self, calls: Sequence[ToolCall], *, after_text: bool) -> Iterator[Part]:
-        """The calls as a model is shown them. A form for one call only is repeated, a line for each."""
+        """Write calls as a model is shown them. A form for one call only is repeated, a line for each."""
         for number, call in enumerate(calls):
             id = written_id(call.id or f"{call.name} {number}")
             if number == 0:
@@ -105,17 +105,17 @@ HERMES = CallForm(
 
 
 def written_id(id: str) -> str:
-    """The id as it stands in forms that have one: itself, if it is of their kind."""
+    """Write an id for forms that have one: as it is if they allow it, else as a short id made from it."""
     return id if CALL_ID.fullmatch(id) else short_id(id)
 
 
 def short_id(seed: str) -> str:
-    """An id of nine letters and digits, the same for the same seed."""
+    """Make an id of nine letters and digits from a seed; equal seeds give equal ids."""
     return hashlib.sha256(seed.encode("utf-8", "replace")).hexdigest()[:9]
 
 
 def filled(text: str, id: str) -> Iterator[Part]:
-    """Control text with an id, which comes from outside, in its holes."""
+    """Fill an id, which comes from outside, into the holes of a control text."""
     for number, piece in enumerate(text.split(ID_HOLE)):
         if number:
             yield Part(id, False)

@@ -53,16 +53,16 @@ class ToolFormat:
         self._announcement = announcement
 
     def open_system(self, tools: Sequence[ToolSpec], *, first: bool) -> list[Part]:
-        """What stands before the content of a system message that announces tools."""
+        """Give what stands before the content of a system message that announces tools."""
         frame = self._announcement.frame
         return list(self._announcement.parts(frame.first if first else frame.later, tools))
 
     def close_system(self, tools: Sequence[ToolSpec]) -> list[Part]:
-        """What stands behind it."""
+        """Give what stands after the content of such a message."""
         return list(self._announcement.parts(self._announcement.frame.tail, tools))
 
     def encode_calls(self, calls: Sequence[ToolCall], *, after_text: bool) -> list[int]:
-        """The ids of calls that are read cold, to follow the text of an assistant's message."""
+        """Encode calls that the model did not write itself, to follow the text of an assistant's message."""
         return [
             token
             for text, control in self.form.parts(calls, after_text=after_text)

@@ -54,7 +54,8 @@ class ToolProbe:
         ]
 
     def announcement(self) -> Announcement | None:
-        """None where the template does not announce tools with the first message, or writes them in another way."""
+        """Find the announcement; None where the template does not announce tools with the first message, or writes them
+        in another way."""
         own_system = self._system.tail != self._user.tail or self._system.first != self._user.first
         text = None
         if own_system:
@@ -83,7 +84,7 @@ class ToolProbe:
         return None
 
     def _later(self, plain: Frame, head: str) -> str:
-        """The head of a message that announces tools later on: what the tools add, put into the usual head."""
+        """Find the head of a message that announces tools later on: what the tools add, put into the usual head."""
         if TOOLS_HOLE not in head:
             return plain.later
         usual, units = self._unit.findall(plain.first), self._unit.findall(head)
@@ -96,7 +97,7 @@ class ToolProbe:
         return plain.later + added
 
     def call_form(self) -> CallForm | None:
-        """None where the template does not show calls, or not as JSON arguments behind a name."""
+        """Find the form of calls; None where the template shows no calls, or not as JSON arguments behind a name."""
         one = self._calls(1, "")
         if one is None:
             return None
@@ -129,7 +130,8 @@ class ToolProbe:
         return form if form.is_json else None
 
     def _calls(self, count: int, content: str) -> tuple[str, list[str]] | None:
-        """A conversation with an assistant's message of so many calls, and the arguments as they stand in it."""
+        """Render a conversation with an assistant's message of ``count`` calls; the turn, and the arguments as they
+        stand in it."""
         arguments = _ARGUMENTS[:count]
         results = [
             {"role": "tool", "content": result, "name": name, "tool_call_id": id}
@@ -159,7 +161,7 @@ class ToolProbe:
         return None
 
     def _own_part(self, head: str) -> str:
-        """What is left between the user's content and the first name when the usual control text is taken away."""
+        """Cut the usual control text off what stands between the user's content and the first name."""
         head = head.removeprefix(self._user.tail)
         for usual in (self._prompt, self._assistant.later):
             if usual and head.startswith(usual):

@@ -26,7 +26,7 @@ class CallGrammar:
         self._spelled = not form.opener or self._control.fullmatch(form.opener) is None
 
     def forced(self, functions: Sequence[tuple[str, str]], instead: str = "") -> str:
-        """Calls, or what the expression ``instead`` describes."""
+        """Describe calls, or what the expression ``instead`` describes."""
         form = self._form
         more = f"({self._text(form.between)} call)*" if self._parallel and form.between is not None else ""
         start = f"start: {self._text(form.alone)} call {more} {self._text(form.end)}"
@@ -79,7 +79,7 @@ class CallGrammar:
         return f"/(?s:.+)/ & ~/(?s:.*){_regex(self._form.opener)}(?s:.*)/" if self._spelled else "/(?s:.+)/"
 
     def _text(self, control_text: str | None) -> str:
-        """Control text as a sequence of tokens and literals."""
+        """Write control text as a sequence of tokens and literals."""
         items: list[str] = []
         place = 0
         text = control_text or ""
@@ -95,12 +95,12 @@ class CallGrammar:
 
 
 def _regex(text: str) -> str:
-    """The text as a regular expression between slashes."""
+    """Write a text as a regular expression between slashes."""
     return re.sub(r"[^A-Za-z0-9_ ]", lambda found: rf"\x{{{ord(found[0]):x}}}", text)
 
 
 def _ranges(ids: Sequence[int]) -> str:
-    """Sorted ids as "3-10,12"."""
+    """Write sorted ids as "3-10,12"."""
     ranges: list[list[int]] = []
     for token in ids:
         if ranges and ranges[-1][1] == token - 1:

@@ -44,7 +44,8 @@ class Vocabulary:
 
     @property
     def tokenizer(self) -> LLTokenizer:
-        """Raises UnsupportedModel for a tokenizer of a kind that the library does not know."""
+        """The vocabulary in the library's form. Raises UnsupportedModel for a kind of tokenizer that the library
+        lacks."""
         with self._lock:
             if self._tokenizer is None:
                 try:
@@ -59,7 +60,7 @@ class Vocabulary:
             return self._tokenizer
 
     def forced_tokens(self, matcher: LLMatcher) -> list[int]:
-        """The tokens that must come next, perhaps not all of them.
+        """Find the tokens that must come next, perhaps not all of them.
 
         Where a forced text spells a control token, the library names that token, here and in its mask, and would not
         accept it.
@@ -89,17 +90,17 @@ class Constraint:
 
     @property
     def complete(self) -> bool:
-        """Nothing may follow but a stop token, or one has come."""
+        """Whether nothing but a stop token may follow, or one has come."""
         return self._ended or bool(self._matcher.is_stopped())
 
     @property
     def finished(self) -> bool:
-        """The answer may end here: what is there is whole."""
+        """Whether the answer may end here: what is there is whole."""
         return self._ended or bool(self._matcher.is_accepting())
 
     @property
     def free(self) -> bool:
-        """What comes next is free text, no part of a call or a schema."""
+        """Whether what comes next is free text, no part of a call or a schema."""
         return self.optional and bool(self._matcher.is_accepting())
 
     def start_with(self, prefix: Sequence[int]) -> bool:
@@ -111,11 +112,11 @@ class Constraint:
         return True
 
     def begin(self, left: int) -> list[int]:
-        """The tokens, at most ``left``, that the answer must begin with: none needs to be picked."""
+        """Take the tokens, at most ``left``, that the answer must begin with: none needs to be picked."""
         return self._forced(left)
 
     def mask(self, logits: Tensor) -> Tensor:
-        """A copy of the logits (vocab,) with minus infinity for every token that is not allowed."""
+        """Copy the logits (vocab,), with minus infinity for every token that is not allowed."""
         return compute_thread().run(lambda: self._masked(logits))
 
     def _masked(self, logits: Tensor) -> Tensor:
@@ -126,7 +127,7 @@ class Constraint:
         return logits.masked_fill(refused.to(logits.device), -torch.inf)
 
     def advance(self, token: int, left: int) -> list[int]:
-        """What follows from the pick of an allowed token, when ``left`` tokens may come, it included.
+        """Take an allowed token that was picked, when ``left`` tokens may come, it included; returns what comes.
 
         Mostly the token and those that are forced after it; the one that leads to the end, if too few are left for
         the token picked; none, if the answer ends before it.
@@ -165,7 +166,7 @@ class Constraint:
         return tokens
 
     def _way_after(self, matcher: LLMatcher, token: int, left: int) -> list[int] | None:
-        """The shortest way found to a complete answer from a state one token further on."""
+        """Find the shortest way to a complete answer from a state one token further on."""
         if self._way is None and left > self._look_again:
             return None
         way = self._rest_of_way(matcher, [token])
@@ -183,7 +184,7 @@ class Constraint:
         return self._find_way(matcher)
 
     def _find_way(self, matcher: LLMatcher) -> list[int] | None:
-        """Close what is open, as soon as can be. None if that does not lead to an end."""
+        """Close what is open, as soon as can be; None if that does not lead to an end."""
         matcher = matcher.deep_copy()
         way: list[int] = []
         used: Counter[str] = Counter()
@@ -219,6 +220,6 @@ class Constraint:
 
 
 def _allowed(matcher: LLMatcher) -> Tensor:
-    """One bool for each token of the vocabulary."""
+    """Give one bool for each token of the vocabulary."""
     bits = torch.frombuffer(bytearray(matcher.compute_bitmask()), dtype=torch.uint8)
     return (bits[:, None] >> torch.arange(8, dtype=torch.uint8)).bitwise_and(1).bool().flatten()

@@ -39,11 +39,11 @@ class Grammars:
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
 
     def schema(self, schema: Any) -> Constraint:
-        """Text that is JSON, valid under the schema. Raises UnsupportedSchema."""
+        """Constrain an answer to JSON, valid under the schema. Raises UnsupportedSchema."""
         return self._constraint(f"start: {self._json(schema, 'the schema')}")
 
     def calls(self, tools: Sequence[ToolSpec], choice: str, *, parallel: bool = True) -> Constraint:
-        """Calls of tools in the model's own form.
+        """Constrain an answer to calls of tools in the model's own form.
 
         Args:
             choice: ``any``: calls and nothing else; ``auto``: text in which calls may be opened, and no text that only
@@ -64,16 +64,16 @@ class Grammars:
         return self._constraint(writer.forced(self._functions(tools)))
 
     def calls_or_schema(self, tools: Sequence[ToolSpec], schema: Any, *, parallel: bool = True) -> Constraint:
-        """Calls of tools, or text that is JSON, valid under the schema. Raises UnsupportedSchema."""
+        """Constrain an answer to calls of tools, or to JSON, valid under the schema. Raises UnsupportedSchema."""
         writer = CallGrammar(self.chat, parallel=parallel)
         return self._constraint(writer.forced(self._functions(tools), instead=self._json(schema, "the schema")))
 
     def _functions(self, tools: Sequence[ToolSpec]) -> list[tuple[str, str]]:
-        """Names, and the grammars of their arguments."""
+        """List names, and the grammars of their arguments."""
         return [(tool.name, self._json(tool.parameters, f'tool "{tool.name}": its parameters')) for tool in tools]
 
     def error_of(self, grammar: str) -> str:
-        """What is wrong with a grammar, or ""."""
+        """Tell what is wrong with a grammar; "" if nothing is."""
         matcher = self._compile(grammar)
         return str(matcher.get_error()) if matcher.is_error() else ""
 

@@ -42,7 +42,7 @@ class Sampler:
                 self._processors.append(TopPLogitsWarper(config.top_p))
 
     def pick(self, logits: Tensor, before: list[int]) -> int:
-        """The next token id, given logits (vocab,) and the tokens generated so far."""
+        """Pick the next token id, given logits (vocab,) and the tokens generated so far."""
         if self.config.temperature == 0 and not self._processors:
             return int(logits.float().cpu().numpy().argmax())  # numpy's needs no threads of its own
         return compute_thread().run(lambda: self._draw(logits, before))

@@ -40,7 +40,8 @@ class TextPieces:
         self.invalid: tuple[InvalidCall, ...] = ()
 
     def add(self, token: int) -> str:
-        """The text that is certain after one more token; sets ``stopped`` when a stop sequence is complete."""
+        """Take one more token, and give the text that is now certain; sets ``stopped`` when a stop sequence is
+        complete."""
         self._held += self._stream.step(token)
         opened = self._opened()
         found = [place for place in (self._held.find(text) for text in self._stop) if place >= 0]
@@ -53,7 +54,7 @@ class TextPieces:
         return self._give(len(self._held[:opened].rstrip()))
 
     def finish(self) -> str:
-        """What was held back, now that no more tokens come; finds the calls."""
+        """Give what was held back, now that no more tokens come, and find the calls."""
         if self._in_calls and self._reader is not None:
             parsed = self._reader.parse(self._held, self._names, behind_text=bool(self.text))
             self._in_calls, self._held = False, ""
@@ -63,7 +64,7 @@ class TextPieces:
         return "" if self.stopped else self._give(len(self._held))
 
     def _opened(self) -> int | None:
-        """Where in what is held the first call begins."""
+        """Find where in what is held the first call begins."""
         if self._in_calls:
             return 0
         if self._reader is None or (self.text and not self._reader.opener):
@@ -71,8 +72,8 @@ class TextPieces:
         return self._reader.opens_at(self._held)
 
     def _certain(self) -> int:
-        """How much of what is held can be given: it begins no stop sequence and no call, and is not white space that
-        a call may follow."""
+        """Measure how much of what is held can be given: it begins no stop sequence and no call, and is not white space
+        that a call may follow."""
         markers = self._stop if self._reader is None else (*self._stop, self._reader.opener)
         longest = 0
         for text in markers:

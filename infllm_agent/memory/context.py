@@ -79,7 +79,7 @@ class ContextMemory:
         return self.n_sinks + self.store.count * self.config.block_size
 
     def attach(self, files: BlockFiles) -> None:
-        """Of an empty memory: its blocks are those of a session's files, and new ones will be written there.
+        """Give an empty memory the blocks of a session's files; new ones will be written there.
 
         Raises:
             CorruptSession: a file is missing or damaged.
@@ -93,7 +93,7 @@ class ContextMemory:
             layer.blocks.sort_soon()
 
     def dismiss(self) -> None:
-        """It is used no more: what it takes is given back at once, whoever still refers to it."""
+        """Give back at once all that it takes, whoever still refers to it; it is used no more."""
         self.tiers.dismiss(self, self.store)
         self.layers.clear()
         self.sliding.clear()
@@ -103,8 +103,8 @@ class ContextMemory:
         """Make sure of room for what ``n`` more tokens will seal. Nothing else is changed.
 
         Raises:
-            BudgetExceeded: there is none.
-            OSError: there would be, but what waits cannot be written.
+            BudgetExceeded: there is no room.
+            OSError: there would be room, but what waits cannot be written.
         """
         count = Division.of(self.length + n, self.config).blocks - self.store.count
         if count > 0:
@@ -115,7 +115,7 @@ class ContextMemory:
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, softcap: float | None = None
     ) -> Tensor:
-        """Attention of one layer for the next chunk.
+        """Attend with the next chunk, in one layer.
 
         Args:
             layer: the model's layer number.
@@ -142,7 +142,7 @@ class ContextMemory:
         )
 
     def advance(self, n: int) -> None:
-        """All layers have attended to a chunk of ``n`` tokens: it is now part of the past.
+        """Make a chunk of ``n`` tokens, to which all layers have attended, part of the past.
 
         What has left the local window is sealed: first the sinks, then block after block.
         """
@@ -165,7 +165,7 @@ class ContextMemory:
                 layer.seal(first, count)
 
     def state(self) -> MemoryState:
-        """What the memory is besides its sealed blocks; views, for as long as nothing is fed."""
+        """Tell what the memory is besides its sealed blocks; views, valid until something is fed."""
         return MemoryState(
             self.length,
             {number: layer.state(self.length) for number, layer in self.layers.items()},
@@ -186,12 +186,12 @@ class ContextMemory:
             sliding.window.restore(state.length - window.k.shape[1], window)
 
     def can_rewind(self, length: int) -> bool:
-        """Whether ``fork`` can go back to an earlier length: always, unless a layer slides by itself or blocks have
-        representatives. Then only as far as what is still held reaches."""
+        """Tell whether ``fork`` can go back to an earlier length: always, unless a layer slides by itself or blocks
+        have representatives. Then only as far as what is still held reaches."""
         return self.state().can_rewind(length, self.config)
 
     def fork(self, length: int | None = None) -> ContextMemory:
-        """An independent memory with the same past, or with the first ``length`` tokens of it.
+        """Make an independent memory with the same past, or with the first ``length`` tokens of it.
 
         ``length`` must be the end of a chunk; if it is an earlier one, one after which a token has its own candidates
         (``MemoryConfig.looks_up_anew``). The fork is then, to the bit, what this memory was at that time. Sealed blocks
@@ -215,20 +215,21 @@ class ContextMemory:
         return fork
 
     def device_bytes(self) -> int:
-        """Bytes of windows, sinks, cached and looked-up blocks, candidates: constant, however long the session is."""
+        """Count the bytes of windows, sinks, cached and looked-up blocks, and candidates: constant, however long the
+        session is."""
         remembering = sum(layer.device_bytes() for layer in self.layers.values())
         return remembering + sum(layer.device_bytes() for layer in self.sliding.values())
 
     def index_bytes(self) -> int:
-        """Bytes of the block keys that lookups read: the one part on the device that grows, by a key for each block in
-        the model's precision, in steps that double."""
+        """Count the bytes of the block keys that lookups read: the one part on the device that grows, by a key for each
+        block in the model's precision, in steps that double."""
         return sum(layer.blocks.device_bytes() for layer in self.layers.values())
 
     def bytes(self) -> int:
-        """All that it takes of the device."""
+        """Count all the bytes that it takes of the device."""
         return self.device_bytes() + self.index_bytes()
 
     def cache_counters(self) -> tuple[int, int]:
-        """Device cache hits and misses so far, in blocks, over all layers."""
+        """Count the hits and misses of the device cache so far, in blocks, over all layers."""
         counters = [layer.cache.counters for layer in self.layers.values()]
         return sum(c.hits for c in counters), sum(c.misses for c in counters)

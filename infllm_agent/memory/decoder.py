@@ -27,7 +27,7 @@ class Decoder:
             self._angles = Angles(*table.angles, table.rotary.interleaved, distance)
 
     def attend(self, q: Tensor, slots: Tensor, *, scale: float, softcap: float | None) -> Tensor:
-        """Attention (q_heads, 1, head_dim) of the token that is staged behind the window.
+        """Attend with the token that is staged behind the window: (q_heads, 1, head_dim).
 
         Args:
             q: (q_heads, 1, head_dim) without rotary embedding.
@@ -36,7 +36,7 @@ class Decoder:
         return decode_attention(q[:, 0], self.keys(slots), scale=scale, softcap=softcap).out
 
     def keys(self, slots: Tensor) -> DecodeKeys:
-        """What that token attends to."""
+        """Gather what that token attends to."""
         window, far, cache = self._window, self._far, self._cache
         bounds = self._bounds.set(far.n_sinks, len(slots), window.start, window.stop + 1)
         return DecodeKeys(

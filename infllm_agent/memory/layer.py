@@ -34,12 +34,12 @@ class Recorder(Protocol):
     """
 
     def wants(self, layer: int) -> bool:
-        """Whether to be told of that layer; asked of each."""
+        """Tell whether to be told of that layer; asked of each."""
 
     def record(
         self, layer: int, n_sinks: int, blocks: Sequence[int], first_token: int, logits: Sequence[Tensor]
     ) -> None:
-        """One layer.
+        """Take what one layer shows.
 
         Args:
             logits: float32 (q_heads, m) parts of one row of keys: the sinks, the looked-up ``blocks`` in their order,
@@ -102,7 +102,8 @@ class MemoryLayer:
         self.window.stage(k, v, queries)
 
     def look_up(self, q: Tensor, scale: float, token: int) -> list[int]:
-        """The ``topk`` blocks that the queries of a chunk, which begins with number ``token``, ask for, in their order.
+        """Choose the ``topk`` blocks that the queries of a chunk, which begins with token number ``token``, ask for;
+        ascending.
 
         First all blocks by the one key that stands for each (paper, eq. 2; or votes, of many blocks by the cells in
         which these keys lie), then, with ``candidates``, the best of them by all their keys.
@@ -111,7 +112,7 @@ class MemoryLayer:
         return blocks
 
     def choose(self, q: Tensor, scale: float, token: int) -> Tensor:
-        """The same (≤ topk,) int64 where they are found: on the device, unless there is no choice."""
+        """Choose those blocks, (≤ topk,) int64, where they are found: on the device, unless there is no choice."""
         config, n_blocks = self.config, self.blocks.count
         alone, self.shown = q.shape[1] == 1, None
         topk = min(config.topk_for(q.shape[1]), n_blocks)
@@ -140,8 +141,8 @@ class MemoryLayer:
         self.far.gather(blocks, self._load)
 
     def locate(self, chosen: Tensor) -> Tensor:
-        """Bring ``chosen`` blocks into the device cache and no further: their slots (≤ topk,) int32, on the device. Of
-        candidates that are there all, this waits for nothing."""
+        """Bring ``chosen`` blocks into the device cache and no further: their slots (≤ topk,) int32, on the device.
+        Where all candidates are there, this waits for nothing."""
         self._selected = chosen
         if isinstance(self.shown, CachedCandidates):
             return self.shown.slots_of(chosen)
@@ -152,14 +153,15 @@ class MemoryLayer:
         return keys(blocks) if self.shown is None else self.shown.keys_of(blocks), values(blocks)
 
     def _candidates(self, token: int, blocks: Tensor, *, shared: bool) -> Candidates:
-        """What a first pass chose; ``shared``: for several tokens that come one by one."""
+        """Keep what a first pass chose; ``shared``: for several tokens that come one by one."""
         keys, values = self._readers()
         if shared and self.on_gpu and len(blocks) <= self.cache.slots:
             return CachedCandidates(token, self.blocks.count, blocks, keys, values, self.cache)
         return Candidates(token, self.blocks.count, blocks, keys)
 
     def _readers(self) -> tuple[Read, Read]:
-        """Keys and values of stored blocks. They do not refer to the layer: what keeps them must not keep it."""
+        """Make the readers of stored keys and values. They do not refer to the layer: what keeps them must not keep
+        it."""
         device = self.cache.k.device
         keys, values = (partial(read, layer=self.index, device=device) for read in (self.store.keys, self.store.values))
         return keys, values
@@ -175,7 +177,7 @@ class MemoryLayer:
         first_token: int,
         recorder: Recorder | None,
     ) -> Tensor:
-        """Attention of a chunk: one softmax over sinks, looked-up blocks, window and the chunk itself.
+        """Attend with a chunk: one softmax over sinks, looked-up blocks, window and the chunk itself.
 
         Args:
             q, k, v: (heads, n, head_dim) without rotary embedding.
@@ -216,14 +218,14 @@ class MemoryLayer:
     # -- between chunks: seal -----------------------------------------------------------------------------------
 
     def keep_sinks(self) -> None:
-        """The session's first tokens leave the window and become the sinks."""
+        """Move the session's first tokens out of the window: they become the sinks."""
         window, n = self.window, self.config.n_init
         first = slice(window.start, window.start + n)
         self.far.keep_sinks(window.k[:, first], window.v[:, first])
         window.drop(n)
 
     def seal(self, first: int, count: int) -> None:
-        """The window's oldest ``count · block_size`` tokens become blocks ``first ..``, each with its key."""
+        """Make blocks ``first ..`` of the window's oldest ``count · block_size`` tokens, each with its key."""
         window = self.window
         n = count * self.config.block_size
         tokens = slice(window.start, window.start + n)
@@ -237,8 +239,8 @@ class MemoryLayer:
         window.drop(n)
 
     def block_keys(self, k: Tensor) -> Tensor:
-        """What stands for each of the window's oldest blocks: the mean (kv_heads, count, head_dim) float32 of its keys
-        ``k`` (kv_heads, count, block_size, head_dim), or of its representatives among them (paper, 3.2)."""
+        """Compute what stands for each of the window's oldest blocks: the mean (kv_heads, count, head_dim) float32 of
+        its keys ``k`` (kv_heads, count, block_size, head_dim), or of its representatives among them (paper, 3.2)."""
         if self.config.block_key == "representatives":
             window = self.window
             assert window.queries is not None
@@ -247,7 +249,8 @@ class MemoryLayer:
         return mean_keys(k)
 
     def state(self, length: int) -> LayerState:
-        """Sinks and window, without what is staged, and candidates that would serve the session's next token; views."""
+        """Tell what the layer is besides its sealed blocks: sinks and window, without what is staged, and candidates
+        that would serve the session's next token; views."""
         kept = self.kept
         if kept is not None and not kept.serve(length, self.blocks.count, self.config.candidate_tokens):
             kept = None
@@ -269,7 +272,7 @@ class MemoryLayer:
 
 
 def _logits(q: Tensor, k: Tensor, scale: float, softcap: float | None) -> Tensor:
-    """What one query (q_heads, 1, head_dim) makes of each key before the softmax: (q_heads, m)."""
+    """Compute what one query (q_heads, 1, head_dim) makes of each key before the softmax: (q_heads, m)."""
     # In float32: for so few queries no slower than half precision, and exact enough for shares that sum to 1.
     logits = (q.float().view(k.shape[0], -1, q.shape[-1]) @ k.float().transpose(1, 2)).flatten(0, 1) * scale
     return logits if softcap is None else torch.tanh(logits / softcap) * softcap

@@ -31,7 +31,8 @@ class ReferenceLayer:
         self.v: list[Tensor] = []
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None) -> Tensor:
-        """One chunk (heads, n, head_dim) after everything before it; returns (q_heads, n, head_dim)."""
+        """Attend with a chunk (heads, n, head_dim) to everything before it and itself; returns (q_heads, n,
+        head_dim)."""
         past = len(self.k)
         self.q.extend(q.unbind(1))
         self.k.extend(k.unbind(1))
@@ -46,19 +47,20 @@ class ReferenceLayer:
         return torch.stack([self.one(token, far, near_from, scale, softcap) for token in range(past, len(self.k))], 1)
 
     def evicted(self, past: int) -> tuple[int, int]:
-        """(sinks, blocks) after ``past`` tokens: all that can leave while ``n_local`` tokens stay."""
+        """Divide ``past`` tokens: (sinks, blocks), all that can leave while ``n_local`` tokens stay."""
         config = self.config
         if past < config.n_init + config.n_local:
             return 0, 0
         return config.n_init, (past - config.n_init - config.n_local) // config.block_size
 
     def tokens(self, block: int, n_sinks: int) -> range:
-        """The tokens of a block."""
+        """Number the tokens of a block."""
         start = n_sinks + block * self.config.block_size
         return range(start, start + self.config.block_size)
 
     def representatives(self, block: int, n_sinks: int) -> list[list[int]]:
-        """For each key head, the ``repr_topk`` tokens m of the block with the highest r_m = 1/l Σ_j q_{m+j}·k_m."""
+        """Find, for each key head, the ``repr_topk`` tokens m of the block with the highest r_m = 1/l Σ_j
+        q_{m+j}·k_m."""
         chosen = []
         for head in range(self.k[0].shape[0]):
             scores = []
@@ -71,7 +73,8 @@ class ReferenceLayer:
         return chosen
 
     def look_up(self, queries: range, n_sinks: int, n_blocks: int, scale: float) -> list[int]:
-        """The ``topk`` blocks by their scores; with ``candidates``, by the exact mass of the best ``candidates``."""
+        """Choose the ``topk`` blocks by their scores; with ``candidates``, by the exact mass of the best
+        ``candidates``."""
         config = self.config
         topk = config.topk_for(len(queries))
         if n_blocks <= topk:
@@ -89,7 +92,7 @@ class ReferenceLayer:
         return sorted(best[:topk])
 
     def block_key(self, block: int, n_sinks: int) -> Tensor:
-        """What stands for a block: for each key head the mean of its representatives, or of all its keys."""
+        """Compute what stands for a block: for each key head the mean of its representatives, or of all its keys."""
         heads = range(self.k[0].shape[0])
         if self.config.block_key == "representatives":
             tokens = self.representatives(block, n_sinks)
@@ -98,17 +101,17 @@ class ReferenceLayer:
         return torch.stack([torch.stack([self.k[m][head] for m in tokens[head]]).mean(0) for head in heads])
 
     def similarity(self, queries: range, key: Tensor) -> float:
-        """sim(X, B) = Σ_i Σ_j q_i·k_{r_j}, summed over heads."""
+        """Compute sim(X, B) = Σ_i Σ_j q_i·k_{r_j}, summed over heads."""
         return sum(float(self.shared_query(i, head) @ key[head]) for i in queries for head in range(len(key)))
 
     def voters(self, queries: range) -> list[Tensor]:
-        """The chunk's queries, runs of neighbours averaged so that there are at most ``max_votes``."""
+        """Average runs of the chunk's neighbouring queries, so that there are at most ``max_votes``."""
         run = math.ceil(len(queries) / self.config.max_votes)
         runs = [queries[start : start + run] for start in range(0, len(queries), run)]
         return [torch.stack([self.q[token] for token in tokens]).mean(0) for tokens in runs]
 
     def votes(self, queries: range, keys: list[Tensor], scale: float) -> list[float]:
-        """Every head of every voter divides one vote among the blocks."""
+        """Divide one vote of every head of every voter among the blocks."""
         total = torch.zeros(len(keys))
         for voter in self.voters(queries):
             for head, q in enumerate(voter):
@@ -117,17 +120,17 @@ class ReferenceLayer:
         return [float(score) for score in total]
 
     def attention_mass(self, queries: range, blocks: list[range], scale: float) -> list[float]:
-        """The same with every key of every block: what attention, among these keys, goes to each block."""
+        """Divide the votes among every key of every block: what attention, among these keys, goes to each block."""
         tokens = [m for block in blocks for m in block]
         each = torch.tensor(self.votes(queries, [self.k[m] for m in tokens], scale))
         return [float(mass) for mass in each.view(len(blocks), -1).sum(1)]
 
     def shared_query(self, token: int, head: int) -> Tensor:
-        """The token's query averaged over the query heads that share a key head."""
+        """Average the token's query over the query heads that share a key head."""
         return self.q[token].view(self.k[0].shape[0], -1, self.q[token].shape[-1])[head].mean(0)
 
     def one(self, token: int, far: list[int], near_from: int, scale: float, softcap: float | None) -> Tensor:
-        """One softmax of one query over far keys, window, and chunk up to itself."""
+        """Attend with one query to far keys, window, and the chunk up to itself."""
         near = [m for m in range(near_from, token + 1) if m not in far]
         if self.sliding_window is not None:
             near = near[-self.sliding_window :]
@@ -165,7 +168,7 @@ class ReferenceMemory:
         return self.layers[layer].attend(q, k, v, scale, softcap)
 
     def reserve(self, n: int) -> None:
-        """There is room."""
+        """Do nothing: there is room."""
 
     def advance(self, n: int) -> None:
-        """Nothing to do: what has left the window follows from the number of tokens."""
+        """Do nothing: what has left the window follows from the number of tokens."""

@@ -29,7 +29,7 @@ class SlidingLayer:
         )
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, softcap: float | None) -> Tensor:
-        """Attention of a chunk (heads, n, head_dim) to the latest ``reach`` tokens, each query its own."""
+        """Attend with a chunk (heads, n, head_dim), each query to the latest ``reach`` tokens before it and itself."""
         window, n = self.window, q.shape[1]
         window.stage(k, v)
         keys = slice(window.start, window.stop + n)

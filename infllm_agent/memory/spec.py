@@ -29,7 +29,7 @@ class LayerSpec:
 
 
 def block_shape(config: MemoryConfig, specs: dict[int, LayerSpec], dtype: torch.dtype) -> BlockShape:
-    """The shape of a block over the given layers.
+    """Find the shape of a block over the given layers.
 
     Raises:
         ValueError: the layers' key heads or head sizes differ.

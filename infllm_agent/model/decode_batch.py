@@ -34,7 +34,7 @@ class _Entry:
 
 
 class DecodeBatch:
-    """Where sessions meet that decode with one model.
+    """The place where sessions meet that decode with one model.
 
     Args:
         turn: the turn at the model, held for a step.
@@ -50,7 +50,7 @@ class DecodeBatch:
         self._last_s = 0.0
 
     def step(self, token: int, memory: Memory, size: int) -> Tensor:
-        """One token of one session; returns its logits (vocab,).
+        """Compute one token of one session; returns its logits (vocab,).
 
         Args:
             size: most sessions in a forward.
@@ -92,7 +92,7 @@ class DecodeBatch:
             raise
 
     def _take(self, size: int, taken: list[_Entry]) -> None:
-        """The leader and those who wait behind it; for those who were in the last step it waits a little."""
+        """Take the leader and those who wait behind it, after waiting a little for those who were in the last step."""
         with self._mutex:
             until = time.perf_counter() + PATIENCE * self._last_s
             while len(self._waiting) < size and not {id(one.memory) for one in self._waiting} >= set(

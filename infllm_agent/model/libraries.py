@@ -32,7 +32,7 @@ def quiet() -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    """An error as part of one line."""
+    """Write an error as part of one line."""
     text = str(error.strerror or error) if isinstance(error, OSError) and error.strerror else str(error)
     first = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
     return first.rstrip(".")

@@ -103,7 +103,7 @@ def _remove_abandoned(cache: Path, model: PackagedModel) -> None:
 
 
 def _installed_gguf(model: PackagedModel) -> Path | None:
-    """The file of an installed package, found without importing it: importing would pull in its dependencies."""
+    """Find the file of an installed package without importing it: importing would pull in its dependencies."""
     try:
         spec = importlib.util.find_spec(model.module)
     except ValueError:
@@ -183,7 +183,7 @@ def _convert(gguf: Path, out: Path, chat_template: str) -> None:
 
 
 def align(weights: Path) -> None:
-    """Have the numbers in a safetensors file begin at a whole cache line.
+    """Make the numbers in a safetensors file begin at a whole cache line.
 
     They are used where they lie in the file, and one row of a matrix is a multiple of a cache line long: begun in the
     middle of one, each of them is read across two, and a token takes a fifth longer.

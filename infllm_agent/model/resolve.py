@@ -56,7 +56,8 @@ def resolve_model(
 
 
 def default_cache_dir() -> Path:
-    """``$INFLLM_CACHE``, else ``infllm-agent`` in the user's cache folder (``$XDG_CACHE_HOME`` or ``~/.cache``)."""
+    """Find the cache: ``$INFLLM_CACHE``, else ``infllm-agent`` in the user's cache folder (``$XDG_CACHE_HOME`` or
+    ``~/.cache``)."""
     if own := os.environ.get("INFLLM_CACHE"):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "infllm-agent"
@@ -89,7 +90,7 @@ def _from_hub(name: str, report: Callable[[str], None]) -> Path:
 
 
 def _wanted_files(files: list[str]) -> list[str]:
-    """Of a repository's files, those that transformers loads: its configuration, tokenizer and one set of weights."""
+    """Pick the files of a repository that transformers loads: configuration, tokenizer and one set of weights."""
     top = [file for file in files if "/" not in file]
     weights = [file for file in top if re.fullmatch(r"model.*\.safetensors", file)]
     weights = weights or [file for file in top if re.fullmatch(r"pytorch_model.*\.bin", file)]
@@ -97,7 +98,7 @@ def _wanted_files(files: list[str]) -> list[str]:
 
 
 def _has_weights(folder: Path) -> bool:
-    """Whether a cached snapshot is whole: an interrupted download leaves a folder that lacks some of the shards."""
+    """Tell whether a cached snapshot is whole: an interrupted download leaves a folder without some of the shards."""
     if not (folder / "config.json").is_file():
         return False
     for single in ("model.safetensors", "pytorch_model.bin"):

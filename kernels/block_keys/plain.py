@@ -27,7 +27,7 @@ def representative_keys(k: Tensor, queries: Tensor, n_local: int, repr_topk: int
 
 
 def representative_scores(k: Tensor, queries: Tensor, n_local: int) -> Tensor:
-    """How much attention each of some tokens received from the ``n_local`` tokens after it (InfLLM, eq. 3).
+    """Compute how much attention each of some tokens received from the ``n_local`` tokens after it (InfLLM, eq. 3).
 
         r_m = 1/l Σ_{j=1..l} q_{m+j} · k_m
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def representative_keys(k: Tensor, queries: Tensor, n_local: int, repr_topk: int) -> Tensor:
-    """``kernels.dispatch.representative_keys`` token by token in float64."""
+    """Average each block's representatives: the keys whose scores, summed up query by query, are the highest."""
     heads, count, size, _ = k.shape
     out = torch.zeros(heads, count, k.shape[3], dtype=torch.float64)
     for head in range(heads):

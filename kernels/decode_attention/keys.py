@@ -49,24 +49,28 @@ class DecodeKeys(NamedTuple):
 
 
 def to_device(numbers: Sequence[int], device: torch.device) -> Tensor:
-    """(len(numbers),) int32 on the device; does not wait for it."""
+    """Copy numbers to the device, as (len(numbers),) int32; does not wait for it."""
     return _pinned(numbers, device).to(device, non_blocking=True)
 
 
 def bounds(n_sinks: int, n_blocks: int, start: int, stop: int, device: torch.device) -> Tensor:
-    """``DecodeKeys.bounds``; does not wait for the device."""
+    """Make ``DecodeKeys.bounds``; does not wait for the device."""
     return to_device([n_sinks, n_blocks, start, stop], device)
 
 
 class Bounds:
-    """``DecodeKeys.bounds`` in one place, for all layers of a memory: they are written once for each token."""
+    """``DecodeKeys.bounds`` at one place in memory, for all layers: they are written once for each token."""
 
     def __init__(self, device: torch.device) -> None:
         self._numbers: tuple[int, ...] = (0, 0, 0, 0)
         self._on_device = torch.zeros(4, dtype=torch.int32, device=device)
 
     def set(self, n_sinks: int, n_blocks: int, start: int, stop: int) -> Tensor:
-        """The (4,) int32 numbers, for what is computed from now on; does not wait for the device."""
+        """Write the numbers, if they have changed; does not wait for the device.
+
+        Returns:
+            (4,) int32, for what is computed from now on.
+        """
         numbers = (n_sinks, n_blocks, start, stop)
         if numbers != self._numbers:
             self._on_device.copy_(_pinned(numbers, self._on_device.device), non_blocking=True)
@@ -75,12 +79,13 @@ class Bounds:
 
 
 def _pinned(numbers: Sequence[int], device: torch.device) -> Tensor:
-    """int32 in host memory from which a GPU copies by itself."""
+    """Put numbers, as int32, into host memory from which a GPU copies by itself."""
     return torch.tensor(numbers, dtype=torch.int32, pin_memory=device.type == "cuda" and len(numbers) > 0)
 
 
 def check(q: Tensor, keys: DecodeKeys) -> None:
-    """
+    """Refuse keys that a token cannot attend to.
+
     Raises:
         ValueError: shapes that do not fit together.
     """

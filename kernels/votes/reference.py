@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def votes_among(q: Tensor, block_keys: Tensor, others: Tensor, scale: float) -> Tensor:
-    """``kernels.lookup.votes_among`` query by query in float64."""
+    """Divide one vote of each query among blocks and ``others``: (blocks,) float32."""
     votes = torch.zeros(len(block_keys), dtype=torch.float64)
     for query, shared, row in _by_query(q, block_keys.shape[1]):
         logits = [float(query @ key[shared].double()) * scale for key in block_keys] + [float(others[shared, row])]
@@ -19,7 +19,7 @@ def votes_among(q: Tensor, block_keys: Tensor, others: Tensor, scale: float) -> 
 
 
 def cell_shares(q: Tensor, centres: Tensor, sizes: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """``kernels.lookup.cell_shares`` query by query in float64."""
+    """Divide one vote of each query among cells, and sum up exp(scale · q·k) over all blocks, as its logarithm."""
     kv_heads, cells = sizes.shape
     shares = torch.zeros(kv_heads, q[..., 0].numel() // kv_heads, cells)
     totals = torch.zeros(*shares.shape[:2], 1)
@@ -34,7 +34,7 @@ def cell_shares(q: Tensor, centres: Tensor, sizes: Tensor, scale: float) -> tupl
 
 
 def _by_query(q: Tensor, kv_heads: int) -> Iterator[tuple[Tensor, int, int]]:
-    """Every query of every head, with the key head that it asks and its number among those that ask it."""
+    """Yield every query of every head, with the key head that it asks and its number among those that ask it."""
     group = q.shape[0] // kv_heads
     for head in range(q.shape[0]):
         for i in range(q.shape[1]):
