@@ -35,7 +35,7 @@ from infllm_agent.memory.trace_recorder import TraceRecorder
 from infllm_agent.model.local_model import LocalModel
 
 pytest.importorskip("triton")
-from infllm_agent.kernels.block_keys import triton as triton_seal
+from infllm_agent.kernels.block_keys import triton as triton_keys
 from infllm_agent.kernels.decode_attention import triton as triton_decode
 from infllm_agent.kernels.votes import triton as triton_votes
 
@@ -118,7 +118,7 @@ def gpu_paths(waits: Waits, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setattr(triton_decode, "decode_attention", attention)
     monkeypatch.setattr(triton_votes, "votes", votes)
-    monkeypatch.setattr(triton_seal, "mean_keys", lambda k: k.mean(dim=2, dtype=torch.float32))
+    monkeypatch.setattr(triton_keys, "mean_keys", lambda k: k.mean(dim=2, dtype=torch.float32))
     with backend.using("triton"):
         yield
 
