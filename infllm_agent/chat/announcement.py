@@ -16,7 +16,7 @@ TOOLS_HOLE = "\ue011"
 
 
 class Frame(NamedTuple):
-    """The control text around one role's content, as ``chat.Wrapper`` has it."""
+    """The control text around one role's content, as ``Wrapper`` has it."""
 
     first: str
     later: str
@@ -45,6 +45,7 @@ class Announcement:
 
 
 def plain_announcement(system: Frame, form: CallForm) -> Announcement:
+    """Announce tools in plain words, for a template that knows none."""
     example = "".join(
         part.text for part in CallForm.parts(form, [ToolCall("<function-name>", {})], after_text=False)
     ).replace("{}", "<args-json-object>", 1)

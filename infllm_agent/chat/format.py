@@ -24,6 +24,7 @@ from infllm_agent.chat.call_form import ID_HOLE, Part, filled, written_id
 from infllm_agent.chat.call_reader import CallReader
 from infllm_agent.chat.encoder import TextEncoder, TextStream, clean_text
 from infllm_agent.chat.tool_format import ToolFormat
+from infllm_agent.chat.tool_probe import Render
 from infllm_agent.errors import InvalidName, UnsupportedModel
 from infllm_agent.tools import ToolCall, ToolSpec, check_name
 
@@ -57,7 +58,6 @@ _A, _B, _C, _D, _S = (f"{letter}probe6f1d{letter}" for letter in "abcds")
 _CALL, _TOOL, _NO_ROLE = "callid6f1", "toolname6f1d", "norole6f1d"
 
 TemplateMessage = dict[str, str]
-Render = Callable[..., str | None]
 
 
 @dataclass(frozen=True)

@@ -34,9 +34,11 @@ class CallGrammar:
         return "\n".join([start, self._call(functions)])
 
     def text_only(self) -> str:
+        """Describe text in which no call can be opened."""
         return "\n".join(["start: text", self._free_text()])
 
     def voluntary(self, functions: Sequence[tuple[str, str]]) -> str:
+        """Describe text in which calls may be opened."""
         form, opener = self._form, self._form.opener
         rest = form.alone.partition(opener)[2] if opener else form.alone
         block = f"{self._text(rest)} call {self._text(form.end)}"

