@@ -3,8 +3,7 @@
     python benchmarks/gpu_kernels.py [--json OUT]
 
 The shape is one layer of an 8B Llama: 8 key heads of 128 channels, 32 query heads, bfloat16. ``share`` is the bytes
-that have to be read, once, in the time it takes, as a part of what a copy reads and writes; of the copies from host
-memory, as a part of one large copy.
+that have to be read, once, in the time it takes, as a part of what a copy reads and writes.
 """
 
 import argparse
@@ -15,10 +14,12 @@ from pathlib import Path
 
 import torch
 
-from infllm_agent.kernels import backend
-from infllm_agent.kernels.decode_attention.plain import Angles, DecodeKeys, bounds
-from infllm_agent.kernels.gather import HostGather
+from infllm_agent.kernels import block_keys
+from infllm_agent.kernels.backend import using
+from infllm_agent.kernels.decode_attention import decode_attention
+from infllm_agent.kernels.decode_attention.keys import Angles, DecodeKeys, bounds
 from infllm_agent.kernels.rotary import Rotary
+from infllm_agent.kernels.votes import best, votes
 
 KV_HEADS, GROUP, DIM, BLOCK, SINKS = 8, 4, 128, 16, 128
 SCALE = DIM**-0.5
@@ -52,9 +53,9 @@ def copy_gb_s() -> float:
 def row(name: str, read: int, ceiling: float, work: Callable[[], object], **more: object) -> dict[str, object]:
     result: dict[str, object] = {"kernel": name, **more}
     for chosen in ("triton", "plain"):
-        with backend.using(chosen):
+        with using(chosen):
             took = microseconds(work)
-        result |= {f"{backend}_us": round(took, 1), f"{backend}_share": round(read / took / 1e3 / ceiling, 3)}
+        result |= {f"{chosen}_us": round(took, 1), f"{chosen}_share": round(read / took / 1e3 / ceiling, 3)}
     print(json.dumps(result), flush=True)
     return result
 
@@ -78,17 +79,17 @@ def decode(ceiling: float, blocks: int, window: int) -> dict[str, object]:
     q = torch.randn(KV_HEADS * GROUP, DIM, device="cuda", dtype=HALF)
     attended = SINKS + blocks * BLOCK + window
     read = attended * 2 * KV_HEADS * DIM * HALF.itemsize
-    return row("decode", read, ceiling, lambda: backend.decode_attention(q, keys, scale=SCALE), keys=attended)
+    return row("decode", read, ceiling, lambda: decode_attention(q, keys, scale=SCALE), keys=attended)
 
 
-def votes(ceiling: float, blocks: int, queries: int) -> dict[str, object]:
+def look_up(ceiling: float, blocks: int, queries: int) -> dict[str, object]:
     q = torch.randn(KV_HEADS * GROUP, queries, DIM, device="cuda")
     keys = torch.randn(blocks, KV_HEADS, DIM, device="cuda", dtype=HALF)
     return row(
         "votes",
         keys.nbytes,
         ceiling,
-        lambda: backend.best(backend.votes(q, keys, SCALE), 64),
+        lambda: best(votes(q, keys, SCALE), 64),
         blocks=blocks,
         queries=queries,
     )
@@ -99,39 +100,15 @@ def seal(ceiling: float, blocks: int, size: int) -> list[dict[str, object]]:
     queries = torch.randn(KV_HEADS, blocks * size + 4096, DIM, device="cuda", dtype=HALF)
     more = {"blocks": blocks, "block_size": size}
     return [
-        row("mean keys", k.nbytes, ceiling, lambda: backend.mean_keys(k), **more),
+        row("mean keys", k.nbytes, ceiling, lambda: block_keys.mean_keys(k), **more),
         row(
             "representatives",
             k.nbytes + queries.nbytes,
             ceiling,
-            lambda: backend.representative_keys(k, queries, 4096, 4),
+            lambda: block_keys.representative_keys(k, queries, 4096, 4),
             **more,
         ),
     ]
-
-
-def gather(blocks: int) -> dict[str, object]:
-    """Planes of blocks, every other one of them, from pinned host memory."""
-    plane = KV_HEADS * BLOCK * DIM * HALF.itemsize
-    source = torch.empty((2 * blocks, plane), dtype=torch.uint8, pin_memory=True)
-    target = torch.empty((blocks, plane), dtype=torch.uint8, device="cuda")
-    copies, rows = HostGather(target.device), list(range(0, 2 * blocks, 2))
-
-    def copy() -> None:
-        copies.begin(source, rows, target)
-        copies.wait()
-
-    whole = microseconds(lambda: target.copy_(source[:blocks], non_blocking=True))
-    took = microseconds(copy)
-    result = {
-        "kernel": "gather",
-        "blocks": blocks,
-        "us": round(took, 1),
-        "link_gb_s": round(target.nbytes / whole / 1e3, 1),
-        "share_of_link": round(whole / took, 3),
-    }
-    print(json.dumps(result), flush=True)
-    return result
 
 
 def main() -> None:
@@ -146,13 +123,11 @@ def main() -> None:
         decode(ceiling, 64, 520),
         decode(ceiling, 256, 4096),
         decode(ceiling, 1024, 16_384),
-        votes(ceiling, 4096, 1),
-        votes(ceiling, 62_500, 1),
-        votes(ceiling, 62_500, 32),
+        look_up(ceiling, 4096, 1),
+        look_up(ceiling, 62_500, 1),
+        look_up(ceiling, 62_500, 32),
         *seal(ceiling, 32, 16),
         *seal(ceiling, 4, 128),
-        gather(64),
-        gather(1024),
     ]
     if options.json:
         result = {"gpu": torch.cuda.get_device_name(), "copy_gb_s": round(ceiling, 1), "rows": rows}

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from infllm_agent import AgentRuntime
-from infllm_agent.generation.grammar import Constraint
+from infllm_agent.generation.constraint import Constraint
 from infllm_agent.tools import ToolSpec
 
 STORY = {

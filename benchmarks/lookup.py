@@ -26,10 +26,10 @@ from torch import Tensor
 from infllm_agent import MemoryConfig
 from infllm_agent.bench.oplog import generate
 from infllm_agent.chat.format import ChatFormat
-from infllm_agent.kernels.backend import best
+from infllm_agent.kernels.votes import best
 from infllm_agent.kernels.votes.plain import attention_mass, voters, votes
-from infllm_agent.memory.context import MemoryLayer
 from infllm_agent.memory.index import BlockIndex
+from infllm_agent.memory.layer import MemoryLayer
 from infllm_agent.model.local_model import LocalModel
 
 CONFIG = MemoryConfig()

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from infllm_agent import AgentRuntime, MemoryConfig, Session
-from infllm_agent.bench.oplog import Log, generate
+from infllm_agent.bench.oplog import OperationsLog, generate
 from infllm_agent.cli.demo import ask
 from infllm_agent.config import RuntimeConfig
 from infllm_agent.memory import snapshot
@@ -51,7 +51,7 @@ def peak_mb() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
-def log_of(runtime: AgentRuntime, tokens: int) -> Log:
+def log_of(runtime: AgentRuntime, tokens: int) -> OperationsLog:
     chat = runtime.chat
     return generate(SEED, tokens, lambda event: len(chat.render(event.role, event.text, name=event.name)))
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from infllm_agent import MemoryConfig
-from infllm_agent.blocks.store import BlockCache
+from infllm_agent.blocks.device_cache import BlockCache
 from infllm_agent.memory.candidates import Candidates
 from infllm_agent.model.local_model import LocalModel
 

@@ -244,6 +244,11 @@ class RuntimeConfig(Settings):
         None, description="ceiling for all that is under the root: a commit over it fails; None: no ceiling"
     )
     idle_s: float = Field(600.0, ge=0, description="a session that nothing happened to for so long is closed")
+    kept_open: int = Field(
+        8,
+        ge=0,
+        description="sessions that stay open with nothing to do; the least recently used are closed",
+    )
     workers: int = Field(
         16, ge=1, description="most sessions that are worked on at once; they share the model in turns"
     )

@@ -88,7 +88,7 @@ class AgentRuntime:
         self._working_size: int | None = None
         self.metrics = _metrics(self.load) if self.config.metrics else None
         self.observer: Observer = self.metrics or Observer()
-        self._dispatcher = Dispatcher(self, self.config)
+        self.dispatcher = Dispatcher(self, self.config)
         self._check_budgets()
 
     @classmethod
@@ -124,15 +124,10 @@ class AgentRuntime:
             memory settings), CorruptSession, StorageError.
             BudgetExceeded: there is no room for it on the device, with no live session idle.
         """
-        while True:
-            try:
-                with self._lock:
-                    session = self._open(name)
-                    self._held.add(name)
-                    return session
-            except BudgetExceeded:
-                if not self._dispatcher.close_idle():
-                    raise
+        with self.dispatcher.pinned(name):  # until it is held
+            session = self.open_for_call(name)
+            self._held.add(name)
+        return session
 
     def live(self, name: str) -> LiveSession:
         """The session by that name as something that lives beside its users: what comes in is queued and read in the
@@ -142,7 +137,7 @@ class AgentRuntime:
             InvalidName.
         """
         check_name(name)
-        return LiveSession(self, name, self._dispatcher.inbox(name))
+        return LiveSession(self, name, self.dispatcher.inbox(name))
 
     def fork(
         self,
@@ -151,8 +146,12 @@ class AgentRuntime:
         messages: int | None = None,
         *,
         cancelled: Callable[[], bool] | None = None,
+        hold: bool = True,
     ) -> Session:
         """A new session that begins as ``source``, after all its messages or the first so many (``Session.fork``).
+
+        Args:
+            hold: whether it stays open until it is released.
 
         Raises:
             UnknownSession, SessionLocked, SessionMismatch: of ``source``.
@@ -165,18 +164,15 @@ class AgentRuntime:
         with self._lock:
             if source not in self._sessions:
                 Catalog(self.root).require(source)
-            was_held = source in self._held
-            original = self.session(source)
-        try:
+        with self.dispatcher.pinned(source):
+            original = self.open_for_call(source)
             fork = original.fork(name, messages, cancelled=cancelled)  # without the lock: other sessions go on
-            self._set_up(fork)
-            with self._lock:
-                self._sessions[name] = fork
+        self._set_up(fork)
+        with self._lock:
+            self._sessions[name] = fork
+            if hold:
                 self._held.add(name)
-            return fork
-        finally:
-            if not was_held:
-                self._held.discard(source)
+        return fork
 
     def import_session(self, path: str | PathLike[str], name: str | None = None) -> SessionInfo:
         """A session from a file that ``Session.export`` or ``sessions export`` made: ``archive.import_session``, which
@@ -279,7 +275,8 @@ class AgentRuntime:
     def release(self, name: str) -> None:
         """Commit and close a session, if it is open here; ``session`` opens it again. What is queued for it as a live
         session goes in first, and a message that is arriving ends with what has come."""
-        self._dispatcher.while_quiet(name, lambda: self._release(name))
+        with self.dispatcher.quiet(name):
+            self._release(name)
 
     def sessions(self) -> Sequence[SessionInfo]:
         """All sessions under the root, by name, as of their last commits."""
@@ -288,7 +285,7 @@ class AgentRuntime:
     def load(self) -> Load:
         """What is open, and to be done, right now. Waits for nothing: it may be asked at any time."""
         memories = [session.memory for session in list(self._sessions.values()) if not session.closed]
-        running, items, chars = self._dispatcher.backlog()
+        running, items, chars = self.dispatcher.backlog()
         tiers = {
             "device": sum(memory.device_bytes() + memory.index_bytes() for memory in memories),
             "host": self.tiers.host_bytes(),
@@ -302,17 +299,18 @@ class AgentRuntime:
         Raises:
             UnknownSession, SessionLocked (open in another process).
         """
-        self._dispatcher.while_quiet(name, lambda: self._delete(name))
+        with self.dispatcher.quiet(name):
+            self._delete(name)
 
     def stop(self) -> None:
         """Live sessions take nothing more in; what they work on ends at the next chunk or token. ``close`` waits for
         that. May be called from a signal handler or any thread."""
-        self._dispatcher.stop()
+        self.dispatcher.stop()
 
     def close(self) -> None:
         """Take in what is queued for live sessions, then commit and close every open session. One that fails does not
         keep the others open."""
-        self._dispatcher.close()
+        self.dispatcher.close()
         failure: BaseException | None = None
         with self._lock:
             for name in list(self._sessions):
@@ -341,6 +339,17 @@ class AgentRuntime:
     async def __aexit__(self, *exception: object) -> None:
         await self.aclose()
 
+    def open_for_call(self, name: str) -> Session:
+        """The session by that name, open for as long as a call uses it; idle ones are closed where there is no room.
+        Errors are those of ``session``."""
+        while True:
+            try:
+                with self._lock:
+                    return self._open(name)
+            except BudgetExceeded:
+                if not self.dispatcher.close_idle():
+                    raise
+
     # -- for the dispatcher ------------------------------------------------------------------------------------------
 
     def open_idle(self, name: str) -> Session:
@@ -363,6 +372,15 @@ class AgentRuntime:
             self._held.discard(name)
             if (session := self._sessions.pop(name, None)) is not None:
                 session.close()
+
+    def open_names(self) -> set[str]:
+        return set(self._sessions)
+
+    def is_unread(self, name: str) -> bool:
+        session = self._sessions.get(name)
+        if session is None or session.closed or name in self._held:
+            return False
+        return session.pending_tokens >= session.config.chunk_size
 
     def open_sizes(self) -> dict[str, int]:
         with self._lock:

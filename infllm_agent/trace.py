@@ -19,7 +19,7 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.int64]
 
-#: A trace keeps the tokens of so many blocks, and of each layer so many looked-up blocks: those with most attention.
+#: Most blocks whose tokens a trace keeps, and most looked-up blocks of each layer: those with most attention.
 KEPT_BLOCKS = 256
 KEPT_LAYER_BLOCKS = 32
 
@@ -43,7 +43,7 @@ class Span(Protocol):
 
 @dataclass(frozen=True)
 class Attended:
-    """One message, and what an answer made of it.
+    """One message, and how much of an answer's attention it got.
 
     Attributes:
         share: of the attention that was paid to the messages considered.
@@ -111,7 +111,7 @@ class Trace:
     layers: tuple[LayerTrace, ...] = ()
 
     def by_message(self, messages: Iterable[Span], limit: int | None = None) -> list[Attended]:
-        """The messages that got attention, by focus, most first. Their shares sum to 1, sinks left aside.
+        """List the messages that got attention, by focus, most first. Their shares sum to 1, sinks left aside.
 
         Args:
             messages: those to consider, such as all before the question.
@@ -139,7 +139,7 @@ class Trace:
         return (self.n_sinks + self.blocks[:, None] * self.block_size + np.arange(self.block_size)).ravel()
 
     def pack(self) -> tuple[str, bytes]:
-        """The figures as JSON and the arrays as little-endian bytes."""
+        """Pack the figures as JSON and the arrays as little-endian bytes."""
         head = {name: getattr(self, name) for name in _FIGURES} | {
             "format": _FORMAT,
             "blocks": len(self.blocks),
@@ -156,7 +156,7 @@ class Trace:
 
     @classmethod
     def unpack(cls, head: str, arrays: bytes) -> Trace:
-        """What was packed, its shares rounded to ``SHARES``. Raises ValueError for anything else."""
+        """Unpack what was packed, its shares rounded to ``SHARES``. Raises ValueError for anything else."""
         figures = json.loads(head)
         if figures["format"] != _FORMAT:
             raise ValueError(f"a trace of format {figures['format']}; upgrade infllm-agent")

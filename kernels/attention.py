@@ -1,12 +1,13 @@
 """Attention over one set of keys, with its log-sum-exp, and the exact merge of several sets.
 
 Attention over disjoint sets of keys can be computed apart and merged exactly: each set's output is weighted with
-its share of the total softmax mass, which its log-sum-exp gives. ``attend`` chooses the backend; each is checked
-against ``kernels.reference.attention``.
+its share of the total softmax mass, which its log-sum-exp gives. ``attend`` chooses what computes, by device and dtype;
+all of it is checked against ``reference``.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -31,7 +32,7 @@ def attend(
     mask: Tensor | None = None,
     softcap: float | None = None,
 ) -> Partial:
-    """Attention of ``q`` (q_heads, n, head_dim) over ``k``, ``v`` (kv_heads, m, head_dim).
+    """Attend with ``q`` (q_heads, n, head_dim) to ``k``, ``v`` (kv_heads, m, head_dim).
 
     Args:
         scale: factor on q·k.
@@ -49,7 +50,7 @@ def attend(
 
 
 def merge(parts: Sequence[Partial]) -> Partial:
-    """One softmax over the union of the parts' keys."""
+    """Merge attention over several sets of keys into one softmax over their union."""
     if len(parts) == 1:
         return parts[0]
     lse = parts[0].lse
@@ -83,7 +84,7 @@ def _has_fused(q: Tensor, mask: Tensor | None) -> bool:
 
 
 def _attend_fused(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Tensor | None) -> Partial:
-    """PyTorch's flash kernels. Query heads that share a key head are folded, so keys are never repeated."""
+    """Attend with PyTorch's flash kernels. Query heads that share a key head are folded, so keys are never repeated."""
     kv_heads, group = k.shape[0], q.shape[0] // k.shape[0]
     n = q.shape[1]
     if causal or mask is not None:
@@ -109,7 +110,7 @@ def _attend_fused(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, m
 def _attend_plain(
     q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Tensor | None, softcap: float | None
 ) -> Partial:
-    """Two matrix products and a softmax: any device, any dtype, soft-capped logits."""
+    """Attend with two matrix products and a softmax: on any device, in any dtype, with soft-capped logits."""
     kv_heads, group = k.shape[0], q.shape[0] // k.shape[0]
     n, m = q.shape[1], k.shape[1]
     logits = (q.reshape(kv_heads, group * n, -1) @ k.transpose(1, 2)).float().mul_(scale)
@@ -124,3 +125,33 @@ def _attend_plain(
     weights = logits.sub_(lse.unsqueeze(-1)).exp_().to(v.dtype)
     out = weights.view(kv_heads, group * n, m) @ v
     return Partial(out.view(kv_heads * group, n, -1), lse.view(kv_heads * group, n))
+
+
+def reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    causal: bool = False,
+    mask: Tensor | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attend head by head in float64: the reference for ``attend``.
+
+    Returns:
+        Outputs (q_heads, n, head_dim), log-sum-exps (q_heads, n).
+    """
+    group = q.shape[0] // k.shape[0]
+    outs, lses = [], []
+    for head in range(q.shape[0]):
+        logits = q[head].double() @ k[head // group].double().T * scale
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        if causal:
+            logits = logits.masked_fill(torch.ones_like(logits).triu(1).bool(), -math.inf)
+        if mask is not None:
+            logits = logits.masked_fill(~mask, -math.inf)
+        outs.append(torch.softmax(logits, -1) @ v[head // group].double())
+        lses.append(torch.logsumexp(logits, -1))
+    return torch.stack(outs).to(q.dtype), torch.stack(lses).float()

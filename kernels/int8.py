@@ -1,7 +1,4 @@
-"""Eight-bit storage of a block's keys or values: one scale for each head, rounded to the nearest.
-
-Checked against ``kernels.reference``.
-"""
+"""Eight-bit storage of a block's keys or values: one scale for each head, rounded to the nearest."""
 
 from __future__ import annotations
 
@@ -25,5 +22,17 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantize(q: Tensor, scales: Tensor) -> Tensor:
-    """What ``quantize`` was given, to half a scale: float32 (n, heads, size, head_dim)."""
+    """Restore what ``quantize`` was given, to half a scale: float32 (n, heads, size, head_dim)."""
     return q.float() * scales[:, :, None, None]
+
+
+def rounded(x: Tensor) -> Tensor:
+    """Round each number to the nearest multiple of the 127th part of its head's largest, as quantizing and back
+    does."""
+    out = torch.empty_like(x, dtype=torch.float32)
+    for block in range(x.shape[0]):
+        for head in range(x.shape[1]):
+            numbers = x[block, head].float()
+            step = numbers.abs().max() / 127
+            out[block, head] = torch.round(numbers / step) * step if step > 0 else 0.0
+    return out

@@ -24,7 +24,7 @@ class Rotary:
     interleaved: bool
 
     def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines, each (n, rotary_dim / 2) float32, of (n,) integer positions.
+        """Compute cosines and sines, each (n, rotary_dim / 2) float32, of (n,) integer positions.
 
         Computed in float64: in float32 an angle loses its fraction past about a million positions.
         """

@@ -55,7 +55,7 @@ class Fact:
 
 
 @dataclass(frozen=True)
-class Log:
+class OperationsLog:
     """Events in order, the system prompt first, and the facts in the order in which they are said."""
 
     events: Sequence[Event]
@@ -77,7 +77,7 @@ def matches(reply: str, answer: str) -> bool:
     return re.search(rf"(?<![\w]){re.escape(answer)}(?![\w])", reply, re.IGNORECASE) is not None
 
 
-def generate(seed: int, tokens: int, count_tokens: Callable[[Event], int]) -> Log:
+def generate(seed: int, tokens: int, count_tokens: Callable[[Event], int]) -> OperationsLog:
     """A log of at least ``tokens`` tokens.
 
     Args:
@@ -91,7 +91,7 @@ def generate(seed: int, tokens: int, count_tokens: Callable[[Event], int]) -> Lo
         writer.state(plan)
     while writer.tokens < tokens:
         writer.add_noise()
-    return Log(writer.events, writer.facts, writer.tokens)
+    return OperationsLog(writer.events, writer.facts, writer.tokens)
 
 
 # -- facts ---------------------------------------------------------------------------------------------------------

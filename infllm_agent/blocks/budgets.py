@@ -24,16 +24,16 @@ MEASURE_S = 60.0
 
 
 class OnDevice(Protocol):
-    """Who takes memory of the device."""
+    """What takes memory of the device."""
 
     def bytes(self) -> int: ...
 
 
 class Unwritten(Protocol):
-    """Who holds sealed blocks that are in no file yet."""
+    """What holds sealed blocks that are in no file yet."""
 
     def unwritten(self) -> dict[int, int]:
-        """Bytes of host memory by the address of what holds them, which several may share."""
+        """Count bytes of host memory by the address of what holds them, which several may share."""
 
 
 class Tiers:
@@ -70,7 +70,7 @@ class Tiers:
     # -- the device --------------------------------------------------------------------------------------------------
 
     def admit(self, memory: OnDevice, more: int) -> None:
-        """From now on, what it takes of the device counts.
+        """Count, from now on, what a memory takes of the device.
 
         Raises:
             BudgetExceeded: ``more`` bytes do not fit.
@@ -80,15 +80,16 @@ class Tiers:
             self._on_device.add(memory)
 
     def dismiss(self, memory: OnDevice, store: Unwritten) -> None:
-        """It is used no more, even if it is not collected yet."""
+        """Stop counting a memory that is used no more, even if it is not collected yet."""
         with self._lock:
             self._on_device.discard(memory)
             self._unwritten.discard(store)
 
     def reserve_device(self, more: int) -> None:
-        """
+        """Make sure that ``more`` bytes fit on the device.
+
         Raises:
-            BudgetExceeded: so many bytes more do not fit.
+            BudgetExceeded: they do not fit.
         """
         if self.device_budget is not None and (taken := self.device_bytes()) + more > self.device_budget:
             raise BudgetExceeded(
@@ -97,7 +98,7 @@ class Tiers:
             )
 
     def device_bytes(self) -> int:
-        """Taken by all memories."""
+        """Count the bytes of the device that all memories take."""
         with self._lock:
             memories = list(self._on_device)
         return sum(memory.bytes() for memory in memories)
@@ -105,8 +106,8 @@ class Tiers:
     # -- host memory -------------------------------------------------------------------------------------------------
 
     def cache(self, shape: BlockShape) -> HostCache:
-        """The cache for planes of that size. Sizes share the budget evenly: when a new one comes, what is cached of the
-        others is given up."""
+        """Find or make the cache for planes of that size. Sizes share the budget evenly: when a new one comes, what is
+        cached of the others is given up."""
         size = max(shape.plane_bytes(0), shape.plane_bytes(1))
         with self._lock:
             if size not in self._caches:
@@ -118,14 +119,15 @@ class Tiers:
             return self._caches[size]
 
     def hold(self, store: Unwritten) -> None:
-        """From now on, what it holds in host memory counts."""
+        """Count, from now on, what a store holds in host memory."""
         with self._lock:
             self._unwritten.add(store)
 
     def reserve_host(self, more: int) -> None:
-        """
+        """Make sure that ``more`` bytes may wait in host memory to be written.
+
         Raises:
-            BudgetExceeded: so many bytes more may not wait to be written.
+            BudgetExceeded: they may not wait.
         """
         if self.host_budget is not None and (taken := self.unwritten_bytes()) + more > self.host_budget // 4:
             raise BudgetExceeded(
@@ -134,7 +136,7 @@ class Tiers:
             )
 
     def unwritten_bytes(self) -> int:
-        """Of sealed blocks that are in no file."""
+        """Count the bytes of sealed blocks that are in no file."""
         with self._lock:
             stores = list(self._unwritten)
         held: dict[int, int] = {}
@@ -143,7 +145,7 @@ class Tiers:
         return sum(held.values())
 
     def host_bytes(self) -> int:
-        """Host memory in use."""
+        """Count the bytes of host memory in use."""
         with self._lock:
             caches = list(self._caches.values())
         return self.unwritten_bytes() + sum(cache.bytes() for cache in caches)
@@ -151,7 +153,7 @@ class Tiers:
     # -- the disk ----------------------------------------------------------------------------------------------------
 
     def reserve_disk(self, more: int) -> None:
-        """So many bytes more are about to be written.
+        """Make sure that ``more`` bytes, which are about to be written, fit in the folder.
 
         Raises:
             BudgetExceeded: the folder would have more than ``disk_budget``.

@@ -22,8 +22,8 @@ MAP_NORESERVE = 0x4000  # Linux; Python's mmap does not name it
 
 
 def _reserved(size: int, *, pin: bool) -> Tensor:
-    """Bytes, (size,). Unless they are page-locked, memory is taken as they are first written, and the kernel promises
-    none before: it would refuse to start processes from one whose promises exceed the machine's memory."""
+    """Reserve (size,) bytes. Unless they are page-locked, memory is taken as they are first written, and the kernel
+    promises none before: it would refuse to start processes from one whose promises exceed the machine's memory."""
     if pin or sys.platform != "linux":
         return torch.empty(size, dtype=torch.uint8, pin_memory=pin)
     return torch.frombuffer(
@@ -32,7 +32,7 @@ def _reserved(size: int, *, pin: bool) -> Tensor:
 
 
 class SlotTable:
-    """Where one session's planes lie in a ``HostCache``: a slot for each (plane, block), or -1."""
+    """The places of one session's planes in a ``HostCache``: a slot for each (plane, block), or -1."""
 
     _numbers = count(1)
 
@@ -41,7 +41,7 @@ class SlotTable:
         self.slots = np.full((planes, 0), -1, dtype=np.int32)
 
     def reach(self, blocks: int) -> None:
-        """Room for so many blocks."""
+        """Make room for ``blocks`` blocks."""
         if blocks > self.slots.shape[1]:
             grown = np.full((self.slots.shape[0], max(blocks, 2 * self.slots.shape[1])), -1, dtype=np.int32)
             grown[:, : self.slots.shape[1]] = self.slots
@@ -65,7 +65,7 @@ class HostCache:
         self.resize(slots)
 
     def resize(self, slots: int) -> None:
-        """Forget everything, and have so many slots, two at least."""
+        """Forget everything, and have ``slots`` slots, two at least."""
         with self._lock:
             for table in self._tables.values():
                 table.slots[:] = -1
@@ -83,7 +83,7 @@ class HostCache:
         return self._untouched - len(self._free)
 
     def bytes(self) -> int:
-        """Of the slots that were ever used; of all if memory is page-locked."""
+        """Count the bytes of the slots that were ever used; of all if memory is page-locked."""
         return (self.slots if self.pin else self._untouched) * self.slot_bytes
 
     def gather(
@@ -108,7 +108,7 @@ class HostCache:
         return self.reads - before
 
     def check_integrity(self) -> None:
-        """Raise RuntimeError unless every slot is free or somebody's, and the tables say the same."""
+        """Raise RuntimeError unless every slot is either free or in use, and the tables agree."""
         with self._lock:
             self._collect()
             used = np.nonzero(self._owner)[0]
@@ -159,7 +159,7 @@ class HostCache:
             self._release(np.nonzero(self._owner == self._gone.popleft())[0])
 
     def _take(self, count: int) -> NDArray[np.int64]:
-        """So many free slots, those used least recently emptied for it; never those of the running call."""
+        """Take ``count`` free slots, emptying those used least recently for it, but none of the running call."""
         fresh = np.arange(self._untouched, min(self.slots, self._untouched + count - len(self._free)), dtype=np.int64)
         if len(fresh):
             self._untouched += len(fresh)

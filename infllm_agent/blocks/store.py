@@ -7,8 +7,7 @@ written; those in files are read, a plane at a time, through the cache that all 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +25,7 @@ from infllm_agent.errors import BudgetExceeded
 
 #: Blocks that host memory is taken for at a time.
 HOST_BLOCKS = 32
-#: In so many parts at most a store's blocks are in the host cache; forks of forks begin anew there.
+#: Most parts in which a store's blocks are in the host cache; forks of forks begin anew there.
 MOST_TABLES = 8
 
 
@@ -86,13 +85,13 @@ class BlockStore:
 
     @property
     def files(self) -> BlockFiles:
-        """Of the stored blocks."""
+        """The files of the stored blocks."""
         if self._files is None:
             raise ValueError("this memory belongs to no session: its blocks are in no files")
         return self._files
 
     def least_host_bytes(self) -> int:
-        """A budget under which a session can work: a quarter of it takes what a few chunks seal."""
+        """Compute a budget under which a session can work: a quarter of it takes what a few chunks seal."""
         return 4 * 4 * self._room_bytes
 
     @property
@@ -102,7 +101,7 @@ class BlockStore:
     # -- what comes in ----------------------------------------------------------------------------------------------
 
     def reserve(self, blocks: int) -> None:
-        """Make sure of host memory for so many blocks more: write what waits if there is not enough.
+        """Make sure of host memory for ``blocks`` more: write what waits if there is not enough.
 
         Raises:
             BudgetExceeded: they do not fit, and there is no file to write to.
@@ -120,7 +119,7 @@ class BlockStore:
             self.write()
 
     def add(self, count: int) -> int:
-        """Room for ``count`` more blocks, to be filled with ``put`` for every layer; returns the first one's number."""
+        """Make room for ``count`` more blocks, to be filled with ``put`` for every layer; returns the first number."""
         first = self.count
         self.count += count
         while not self._rooms or self.count > self._rooms[-1].stop:
@@ -148,7 +147,7 @@ class BlockStore:
     # -- what goes out ----------------------------------------------------------------------------------------------
 
     def keys(self, blocks: Sequence[int], layer: int, device: torch.device | None = None) -> Tensor:
-        """Keys (len(blocks), kv_heads, block_size, head_dim) of one layer's ``blocks``, ascending.
+        """Give the keys (len(blocks), kv_heads, block_size, head_dim) of one layer's ``blocks``, ascending.
 
         Raises:
             CorruptSession: the stored bytes fail their checksum.
@@ -156,7 +155,7 @@ class BlockStore:
         return self._planes(blocks, 2 * layer, device)
 
     def values(self, blocks: Sequence[int], layer: int, device: torch.device | None = None) -> Tensor:
-        """As ``keys``."""
+        """Give the values, as ``keys`` does the keys."""
         return self._planes(blocks, 2 * layer + 1, device)
 
     def _planes(self, blocks: Sequence[int], plane: int, device: torch.device | None) -> Tensor:
@@ -182,15 +181,15 @@ class BlockStore:
         return decode(raw, plane, shape)
 
     def _cached(self, blocks: Sequence[int], stored: int) -> Iterator[tuple[SlotTable, slice]]:
-        """Whose the first ``stored`` of some blocks are in the host cache."""
+        """Find the table of the host cache that each of the first ``stored`` of some blocks is in."""
         starts = [bisect_left(blocks, first, hi=stored) for first, _ in self._tables]
         for (_, table), start, stop in zip(self._tables, starts, [*starts[1:], stored], strict=True):
             if start < stop:
                 yield table, slice(start, stop)
 
     def _read(self, table: SlotTable, plane: int, wanted: Blocks, into: Tensor) -> None:
-        """Read planes that are not in host memory. What one layer has to read, the next one often has to: that is told
-        to the system, which can fetch it while this layer computes."""
+        """Read planes that are not in host memory. What one layer has to read, the next one often has to: the system is
+        told, and can fetch it while this layer computes."""
         following = plane + 2
         if is_keys(plane) and following < self.shape.planes and len(wanted) >= READ_TOGETHER:
             absent = wanted[table.slots[following, wanted] < 0]
@@ -201,13 +200,13 @@ class BlockStore:
 
     @classmethod
     def of(cls, files: BlockFiles) -> BlockStore:
-        """A store of what is in some files."""
+        """Make a store of what is in some files."""
         store = cls(files.shape)
         store.attach(files)
         return store
 
     def attach(self, files: BlockFiles) -> None:
-        """Of an empty store: its blocks are those of the files, and new ones will be written there."""
+        """Give an empty store the blocks of some files; new ones will be written there."""
         if self.count:
             raise ValueError(f"this store holds {self.count} blocks already")
         self._files, self._own = files, True
@@ -234,7 +233,7 @@ class BlockStore:
         self.stored, self._rooms = self.count, []
 
     def move(self, folder: Path, shared: int) -> None:
-        """Have files of its own in a new folder, with all blocks.
+        """Take files of its own in a new folder, with all blocks.
 
         Args:
             shared: how many of the first blocks will never change in the files they are in. Those are not copied, as
@@ -253,8 +252,8 @@ class BlockStore:
         self.write()
 
     def fork(self, count: int) -> BlockStore:
-        """An independent store of the first ``count`` blocks. Nothing is copied. It reads this one's files until it is
-        moved to its own; of what both have there, what one of them read is in host memory for both."""
+        """Make an independent store of the first ``count`` blocks. Nothing is copied. It reads this one's files until
+        it is moved to its own; of what both have there, what one of them read is in host memory for both."""
         fork = BlockStore(self.shape, self.tiers)
         fork.count, fork.stored, fork._files = count, min(count, self.stored), self._files
         if len(self._tables) < MOST_TABLES:
@@ -265,7 +264,7 @@ class BlockStore:
         return fork
 
     def _waiting(self, first: int, stop: int) -> Iterator[tuple[_Room, slice]]:
-        """Where blocks ``first`` to ``stop - 1``, which wait, lie: in each room, the places."""
+        """Find where the waiting blocks ``first`` to ``stop - 1`` lie: in each room, their places."""
         for room in self._rooms:
             here = slice(max(first, room.first) - room.first, min(stop, room.stop) - room.first)
             if here.start < here.stop:
@@ -280,82 +279,10 @@ class BlockStore:
             data[stop : stop + CRC_BYTES] = np.frombuffer(checksum(data[start:stop].data, block, plane), dtype=np.uint8)
 
     def unwritten(self) -> dict[int, int]:
-        """Bytes of host memory by the address of what holds them, which forks share. Any thread may ask."""
+        """Count bytes of host memory by the address of what holds them, which forks share. Any thread may ask."""
         return {room.records.data_ptr(): room.nbytes for room in list(self._rooms)}
 
     def host_bytes(self) -> int:
-        """Bytes of host memory for blocks that wait to be written. The cache is the runtime's and not counted."""
+        """Count the bytes of blocks that wait in host memory to be written. The cache is the runtime's and not
+        counted."""
         return sum(self.unwritten().values())
-
-
-class CacheCounters(NamedTuple):
-    hits: int
-    misses: int
-
-
-class BlockCache:
-    """The blocks of one layer that lie on the device: a fixed number of slots, least recently used out first.
-
-    Slots are preallocated: (kv_heads, slots, block_size, head_dim) for keys and for values.
-    """
-
-    def __init__(self, slots: int, shape: BlockShape, device: torch.device) -> None:
-        size = (shape.kv_heads, slots, shape.block_size, shape.head_dim)
-        self.k = torch.empty(size, dtype=shape.torch_dtype, device=device)
-        self.v = torch.empty(size, dtype=shape.torch_dtype, device=device)
-        self.slots = slots
-        self._slot_of: OrderedDict[int, int] = OrderedDict()  # block -> slot, least recently used first
-        self._free = list(reversed(range(slots)))
-        self._hits = 0
-        self._misses = 0
-
-    def fetch(self, blocks: Sequence[int], load: Callable[[list[int]], tuple[Tensor, Tensor]]) -> list[int]:
-        """The slots of ``blocks``, loading those that are absent. None of ``blocks`` is evicted for another of them.
-
-        Args:
-            load: gives the keys and values of absent blocks, in their order, each (n, kv_heads, block_size, head_dim),
-                on the device.
-
-        Raises:
-            ValueError: more blocks than slots.
-        """
-        if len(blocks) > self.slots:
-            raise ValueError(f"{len(blocks)} blocks asked for at once, but the cache has {self.slots} slots")
-        missing = [block for block in blocks if block not in self._slot_of]
-        for block in blocks:
-            if block in self._slot_of:
-                self._slot_of.move_to_end(block)
-        self._hits += len(blocks) - len(missing)
-        self._misses += len(missing)
-        if missing:
-            k, v = load(missing)  # before anything is evicted: a failed load leaves the cache as it was
-            slots = [self._free.pop() if self._free else self._slot_of.popitem(last=False)[1] for _ in missing]
-            where = torch.tensor(slots, device=self.k.device)
-            self.k.index_copy_(1, where, k.transpose(0, 1))
-            self.v.index_copy_(1, where, v.transpose(0, 1))
-            self._slot_of.update(zip(missing, slots, strict=True))
-        return [self._slot_of[block] for block in blocks]
-
-    def count_hits(self, blocks: int) -> None:
-        """So many were there, and were read without being asked for."""
-        self._hits += blocks
-
-    def __contains__(self, block: int) -> bool:
-        return block in self._slot_of
-
-    def __len__(self) -> int:
-        return len(self._slot_of)
-
-    @property
-    def counters(self) -> CacheCounters:
-        """Hits and misses so far, in blocks."""
-        return CacheCounters(self._hits, self._misses)
-
-    def device_bytes(self) -> int:
-        return self.k.nbytes + self.v.nbytes
-
-    def check_integrity(self) -> None:
-        """Raise RuntimeError unless free and used slots together are all slots, each once."""
-        used = list(self._slot_of.values())
-        if sorted(used + self._free) != list(range(self.slots)):
-            raise RuntimeError(f"slots are lost or shared: used {used}, free {self._free}, of {self.slots}")

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+from infllm_agent.chat.call_form import CALL_ID, ID_HOLE, CallForm
 from infllm_agent.chat.encoder import TextEncoder
-from infllm_agent.chat.tool_format import CALL_ID, ID_HOLE, CallForm
 from infllm_agent.tools import InvalidCall, ToolCall, dumps, load_first, loads, plain_json
 
 #: Llama's announcement of code, and now and then of calls.
@@ -24,7 +24,7 @@ PYTHON_TAG = "<|python_tag|>"
 
 
 class Parsed(NamedTuple):
-    """What a model wrote: its text without the valid calls, the calls, and what was to be one and is none.
+    """What a model wrote: its text without the valid calls, the calls, and what was meant as a call but is invalid.
 
     Invalid calls are left in the text, word for word.
     """
@@ -44,14 +44,13 @@ class _Found(NamedTuple):
 
 
 class _NoCall(ValueError):
-    """What was written is no call."""
+    """Raised where what was written is not a call."""
 
 
 class CallReader:
     """Reads calls in one form. "Coded" text has a lone surrogate for each token that is a marker of the form."""
 
     def __init__(self, form: CallForm, encoder: TextEncoder) -> None:
-        self._tokenizer: Tokenizer = encoder.backend
         written = "".join((form.alone, form.middle, form.between or "", form.end))
         self._codes: dict[str, str] = {}
         #: The code of each marker that is a token.
@@ -70,36 +69,27 @@ class CallReader:
         self._named = re.compile(rf"([A-Za-z0-9_.-]{{1,256}})\s*{id}\s*(?:{arguments})?\s*(?=\{{)")
 
     def coded(self, text: str) -> str:
-        """Control text with codes for tokens."""
+        """Replace markers in a control text by the codes of their tokens."""
         for marker, code in self._codes.items():
             text = text.replace(marker, code)
         return text
 
     def plain(self, coded: str) -> str:
-        """Coded text as it reads."""
+        """Replace the codes in a coded text by the markers that they stand for."""
         for marker, code in self._codes.items():
             coded = coded.replace(code, marker)
         return coded
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Generated ids as coded text, other special tokens left out."""
-        stream = CodedStream(self._tokenizer, self.codes)
-        return "".join(map(stream.step, ids))
-
     def opens_at(self, coded: str) -> int | None:
-        """Where a call begins, or may have begun, in a coded text that is still being written."""
+        """Find where a call begins, or may have begun, in a coded text that is still being written."""
         if self.opener:
             place = coded.find(self.opener)
             return None if place < 0 else place
         begun = coded.lstrip()
         return len(coded) - len(begun) if begun.startswith(("{", self._python_tag)) else None
 
-    def parse_ids(self, ids: Iterable[int], names: Collection[str] | None = None) -> Parsed:
-        """As ``parse``, from generated ids."""
-        return self.parse(self.decode(ids), names)
-
     def parse(self, coded: str, names: Collection[str] | None = None, *, behind_text: bool = False) -> Parsed:
-        """The text and the calls of a whole answer, or of the part of one that is left ``behind_text``.
+        """Divide a whole answer, or the part of one that is left ``behind_text``, into its text and its calls.
 
         ``names``: the tools there are; a bare JSON object that names none of them is a text. Elsewhere calls of
         unknown tools are calls: who runs the tools says what is wrong with them. Any text can be parsed.
@@ -135,7 +125,7 @@ class CallReader:
             place = coded.find(self.opener, found.end)
 
     def _block(self, coded: str, start: int) -> _Found:
-        """The block that the opener at ``start`` opens."""
+        """Read the block that the opener at ``start`` opens."""
         begin = _past_space(coded, start + len(self.opener))
         try:
             if not self.closer and (named := self._named.match(coded, begin)):
@@ -157,7 +147,8 @@ class CallReader:
             return _Found(start, self._end_of_invalid(coded, begin), [], reason)
 
     def _load(self, coded: str, start: int) -> tuple[Any, int]:
-        """The JSON value that begins at ``start``, and where it ends. A marker in one of its texts is part of that."""
+        """Read the JSON value that begins at ``start``, and find where it ends. A marker in one of its texts is part of
+        that."""
         value, length = load_first(self.plain(coded[start:]), 0)
         end = start
         while length > 0:
@@ -166,14 +157,14 @@ class CallReader:
         return value, end
 
     def _end_of_invalid(self, coded: str, begin: int) -> int:
-        """To its closer, else to the next call, else to the end."""
+        """Find the end of an invalid call: behind its closer, else at the next call, else at the end of the text."""
         following = coded.find(self.opener, begin)
         stop = len(coded) if following < 0 else following
         closed = coded.find(self.closer, begin, stop) if self.closer else -1
         return closed + len(self.closer) if closed >= 0 else stop
 
     def _bare(self, coded: str, names: Collection[str] | None) -> Iterator[_Found]:
-        """JSON objects that are the whole message."""
+        """Find calls in JSON objects that are the whole message."""
         place = _past_space(coded, 0)
         tagged = coded.startswith(self._python_tag, place)
         start, calls = place, []
@@ -208,7 +199,7 @@ class CodedStream:
         self._decode = DecodeStream(skip_special_tokens=True)
 
     def step(self, token: int) -> str:
-        """The text that is certain after one more token: whole characters only."""
+        """Take one more token, and give the text that is now certain: whole characters only."""
         if token in self._codes:
             self._decode = DecodeStream(skip_special_tokens=True)
             return self._codes[token]

@@ -33,7 +33,7 @@ _LAST_BREAK = re.compile(r"(?s:.*\S)(?:(?= \S)|\n(?=\S))")
 
 
 def clean_text(text: str) -> str:
-    """The text with every surrogate replaced by U+FFFD: surrogates can be neither tokenised nor stored as UTF-8."""
+    """Replace every surrogate by U+FFFD: surrogates can be neither tokenised nor stored as UTF-8."""
     return _SURROGATE.sub("\ufffd", text)
 
 
@@ -80,16 +80,16 @@ class TextEncoder:
         self._text = Tokenizer.from_str(json.dumps(spec))
 
     def encode_control(self, text: str) -> list[int]:
-        """The ids of the template's own text: added tokens are recognised. Never give it text from outside."""
+        """Encode the template's own text: added tokens are recognised. Never give it text from outside."""
         return list(self._control.encode(text, add_special_tokens=False).ids)
 
     def clean(self, text: str) -> str:
-        """What decoding ``encode_text(text)`` gives: U+FFFD for surrogates and for what the vocabulary cannot spell."""
+        """Replace by U+FFFD what ``encode_text`` cannot keep: surrogates, and what the vocabulary cannot spell."""
         text = clean_text(text)
         return self._unspellable.sub("\ufffd", text) if self._unspellable else text
 
     def encode_text(self, text: str) -> list[int]:
-        """The ids of any text from outside; none of ``control_ids`` is among them.
+        """Encode any text from outside; none of ``control_ids`` is among the ids.
 
         Decoding the ids gives ``clean(text)``, exactly so for byte-level vocabularies. A character that another kind
         of vocabulary can only write as its unknown token is left out. Time and memory are linear in the length.
@@ -163,7 +163,7 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def _unspellable(spec: dict[str, Any]) -> re.Pattern[str] | None:
-    """The characters that a byte-level vocabulary cannot spell, or None if there are none.
+    """Match the characters that a byte-level vocabulary cannot spell; None if it can spell all.
 
     Vocabularies trained without the whole byte alphabet exist (SmolLM2 lacks U+0004, U+001D and the planes 4 to 11).
     Such a tokenizer drops the byte without a word, and may leave the rest of a character behind.
@@ -190,7 +190,7 @@ def _is_blank(token: str) -> bool:
 
 
 def _as_written(part: Any) -> Any:
-    """A normalizer or pre-tokenizer of a tokenizer.json that leaves a text as it came.
+    """Change a normalizer or pre-tokenizer of a tokenizer.json so that it leaves a text as it came.
 
     A space put before each text would be read back as part of it, and composing characters (NFC) would change, say, a
     file name that a tool has printed and that the agent has to give back.

@@ -19,9 +19,12 @@ from typing import Any, Literal, cast, get_args
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from infllm_agent.chat.announcement import Frame
+from infllm_agent.chat.call_form import ID_HOLE, Part, filled, written_id
 from infllm_agent.chat.call_reader import CallReader
 from infllm_agent.chat.encoder import TextEncoder, TextStream, clean_text
-from infllm_agent.chat.tool_format import ID_HOLE, Frame, Part, ToolFormat, filled, written_id
+from infllm_agent.chat.tool_format import ToolFormat
+from infllm_agent.chat.tool_probe import Render
 from infllm_agent.errors import InvalidName, UnsupportedModel
 from infllm_agent.tools import ToolCall, ToolSpec, check_name
 
@@ -54,8 +57,7 @@ _LABELS = {"tool": "Tool result", "observation": "Observation"}
 _A, _B, _C, _D, _S = (f"{letter}probe6f1d{letter}" for letter in "abcds")
 _CALL, _TOOL, _NO_ROLE = "callid6f1", "toolname6f1d", "norole6f1d"
 
-Message = dict[str, str]
-Render = Callable[..., str | None]
+TemplateMessage = dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ class ChatFormat:
         tools: Sequence[ToolSpec] = (),
         first: bool = False,
     ) -> list[int]:
-        """The ids of a whole message. ``first``: it begins a session. Content is never altered, not even trimmed."""
+        """Encode a whole message. ``first``: it begins a session. Content is never altered, not even trimmed."""
         before = self.open(role, name=name, first=first, tools=tools, call_id=call_id)
         after = self.close(role, name=name, tools=tools, calls=calls, after_text=bool(content))
         return before + self.encoder.encode_text(content) + after
@@ -140,10 +142,10 @@ class ChatFormat:
         tools: Sequence[ToolSpec] = (),
         call_id: str | None = None,
     ) -> list[int]:
-        """The ids before a message's content, its label included. ``name`` shows only in labels, ``call_id`` only
-        where the template has a place for it. ``tools`` are those that a system message announces.
+        """Encode what stands before a message's content, its label included. ``name`` shows only in labels, ``call_id``
+        only where the template has a place for it. ``tools`` are those that a system message announces.
 
-        Raises InvalidName for a role that is none of ``ROLES`` or a name that is not allowed.
+        Raises InvalidName for a role that is not among ``ROLES`` or a name that is not allowed.
         """
         wrapper = self._wrapper(role)
         if name is not None:
@@ -166,8 +168,8 @@ class ChatFormat:
         calls: Sequence[ToolCall] = (),
         after_text: bool = True,
     ) -> list[int]:
-        """The ids after a message's content. Name, tools and call_id are those that ``open`` was given; ``calls`` are
-        those of an assistant's message (``after_text``: its content is not empty)."""
+        """Encode what stands after a message's content. Name, tools and call_id are those that ``open`` was given;
+        ``calls`` are those of an assistant's message (``after_text``: its content is not empty)."""
         if tools and role == "system":
             return self._encode_parts(self.tools.close_system(tools))
         if calls and role == "assistant":
@@ -176,24 +178,25 @@ class ChatFormat:
         return self._encode_parts(filled(tail, written_id(call_id or name or "")))
 
     def generation_prompt(self, first: bool = False) -> list[int]:
-        """The ids that ask the model for its turn (none where the end of the user's turn does). It may open a think
+        """Encode what asks the model for its turn (nothing where the end of the user's turn does). It may open a think
         block, according to ``template_options``."""
         return self._encode_head(self._preamble + self._prompt if first else self._prompt)
 
     def after_stop(self, stop_id: int) -> list[int]:
-        """What still has to be fed after the model ended its turn with ``stop_id``: the rest of the assistant's tail,
-        or all of it if that id is not part of it. (A turn cut off by a length limit takes ``close("assistant")``.)"""
+        """Give the ids that must still be fed after the model ended its turn with ``stop_id``: the rest of the
+        assistant's tail, or all of it if that id is not part of it. (A turn cut off by a length limit takes
+        ``close("assistant")``.)"""
         tail = self._assistant_tail
         return tail[tail.index(stop_id) + 1 :] if stop_id in tail else list(tail)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of the ids, special tokens left out, spaces as they are. Other added tokens are shown."""
+        """Decode ids to text, special tokens left out, spaces as they are. Other added tokens are shown."""
         return cast(
             str, self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         )
 
     def digest(self) -> str:
-        """SHA-256 over all that gives ids their meaning: template, wrappers, vocabulary, merges, added tokens."""
+        """Compute SHA-256 over what gives ids their meaning: template, wrappers, vocabulary, merges, added tokens."""
         parts = {
             "template": self._template,
             "wrappers": {role: asdict(wrapper) for role, wrapper in self.wrappers.items()},
@@ -214,7 +217,7 @@ class ChatFormat:
         return [token for text, control in parts for token in (self._encode_head(text) if control else encode(text))]
 
     def _ending_ids(self) -> list[int]:
-        """The first run of control ids in the assistant's tail: each of them says that the turn is over."""
+        """Find the first run of control ids in the assistant's tail: each of them says that the turn is over."""
         run: list[int] = []
         for token in self._assistant_tail:
             if token in self.encoder.control_ids:
@@ -262,7 +265,8 @@ class _Probe:
         }
 
     def _system(self) -> Wrapper | None:
-        """None where the template has no system message that stands by itself before a user's."""
+        """Find the system message's wrapper; None where the template has none that stands by itself before a user's
+        message."""
         system = _message("system", _S)
         text = self._render([system, _message("user", _A)])
         to_user = _between(text, _S, _A)
@@ -276,7 +280,8 @@ class _Probe:
         return Wrapper(first, to_system.removeprefix(self.assistant_tail), tail)
 
     def _tool(self) -> Wrapper | None:
-        """None where the template refuses tool results, repeats any role's name, or wants the tool's name."""
+        """Find the wrapper of tool results; None where the template refuses them, repeats any role's name, or wants the
+        tool's name."""
 
         def dialogue(role: str) -> str | None:
             result = {"role": role, "content": _S, "name": _TOOL, "tool_call_id": _CALL}
@@ -298,7 +303,7 @@ class _Probe:
         head, tail = head.replace(_CALL, ID_HOLE), tail.replace(_CALL, ID_HOLE)
         return Wrapper(self.preamble + head, head, tail)
 
-    def _required(self, messages: list[Message], **options: Any) -> str:
+    def _required(self, messages: list[TemplateMessage], **options: Any) -> str:
         text = self._render(messages, **options)
         if text is None:
             raise UnsupportedModel(
@@ -306,8 +311,8 @@ class _Probe:
             )
         return text
 
-    def _around(self, messages: list[Message], content: str, **options: Any) -> tuple[str, str]:
-        """The text before and after a content."""
+    def _around(self, messages: list[TemplateMessage], content: str, **options: Any) -> tuple[str, str]:
+        """Find the text before and after a content."""
         text = self._required(messages, **options)
         if text.count(content) != 1:
             raise UnsupportedModel("the model's chat template does not show each message's content exactly once")
@@ -315,7 +320,7 @@ class _Probe:
         return before, after
 
     def _common(self, *texts: str) -> str:
-        """What the texts have in common at the beginning, with no control token's spelling cut in two."""
+        """Find what the texts have in common at the beginning, with no control token's spelling cut in two."""
         shared = ""
         for units in zip(*(self._unit.findall(text) for text in texts), strict=False):
             if len(set(units)) > 1:
@@ -325,19 +330,19 @@ class _Probe:
 
 
 def _enclosed(preamble: str, system: Wrapper) -> str:
-    """The content of the system message that a template begins with by itself, or nothing."""
+    """Find the content of the system message that a template begins with by itself, or ""."""
     if not (preamble.startswith(system.first) and preamble.endswith(system.tail)):
         return ""
     content = preamble[len(system.first) : len(preamble) - len(system.tail)]
     return "" if _DATE_MARK.search(content) else content
 
 
-def _message(role: str, content: str) -> Message:
+def _message(role: str, content: str) -> TemplateMessage:
     return {"role": role, "content": content}
 
 
 def _between(text: str | None, left: str, right: str) -> str | None:
-    """The text between two contents; None unless both are there exactly once and in this order."""
+    """Cut out the text between two contents; None unless both are there exactly once and in this order."""
     if text is None or text.count(left) != 1 or text.count(right) != 1:
         return None
     start, end = text.index(left) + len(left), text.index(right)
@@ -354,11 +359,11 @@ def _template_of(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _renderer(tokenizer: PreTrainedTokenizerBase, template: str, options: Mapping[str, Any]) -> Render:
-    """A function that renders messages, or returns None if the template refuses them."""
+    """Make a function that renders messages, or returns None if the template refuses them."""
     begins = bool(tokenizer.bos_token) and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
     fixed = {"add_bos": begins, **options, "chat_template": _DATE_MACRO + template, "tokenize": False}
 
-    def render(messages: list[Message], **more: Any) -> str | None:
+    def render(messages: list[TemplateMessage], **more: Any) -> str | None:
         try:
             return cast(str, tokenizer.apply_chat_template(messages, **fixed, **more))
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError):

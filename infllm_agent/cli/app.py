@@ -21,7 +21,7 @@ import typer
 from infllm_agent.cli.ask import ask
 from infllm_agent.cli.ingest import ingest
 from infllm_agent.cli.inspect import inspect
-from infllm_agent.cli.options import AsJson, Log, Memory, RuntimeOptions, Sampling, SessionName, Tracing
+from infllm_agent.cli.options import AsJson, Logging, Memory, RuntimeOptions, Sampling, SessionName, Tracing
 from infllm_agent.cli.options import takes_options as options
 from infllm_agent.cli.output import DONE, print_json, report
 from infllm_agent.cli.serve import serve
@@ -89,7 +89,7 @@ def _common(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
-    log: Log = None,
+    log: Logging = None,
 ) -> None:
     if log is not None:
         logs.setup(log)

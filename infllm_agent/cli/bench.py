@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from infllm_agent.cli.options import Memory, takes_options
-from infllm_agent.cli.output import Stopped
+from infllm_agent.cli.output import Interrupted
 from infllm_agent.errors import ConfigError, StorageError
 from infllm_agent.platform.text import printable
 
@@ -85,10 +85,12 @@ def retrieval(
     All methods but full see at most as many tokens at once as a step of infllm attends to.
     """
     from infllm_agent.bench import plots
-    from infllm_agent.bench.retrieval.run import Plan, run
+    from infllm_agent.bench.retrieval.run import RetrievalPlan, run
     from infllm_agent.model.local_model import LocalModel
 
-    plan = Plan(_listed(task), _numbers("--tokens", tokens), _listed(method), samples, questions, seed, truncate_to)
+    plan = RetrievalPlan(
+        _listed(task), _numbers("--tokens", tokens), _listed(method), samples, questions, seed, truncate_to
+    )
     answers = None
     _writable(out)
     if out is not None and str(out) != "-":
@@ -102,7 +104,7 @@ def retrieval(
             rows = run(loaded, config, plan, answers, report)
     except KeyboardInterrupt:
         kept = f"the same command goes on from {answers}" if answers else "without --json OUT nothing is kept"
-        raise Stopped(f"interrupted: {kept}") from None
+        raise Interrupted(f"interrupted: {kept}") from None
     if plot is not None:
         for path in plots.draw(rows, plot):
             _say(f"wrote {path}")
@@ -153,9 +155,9 @@ def speed(
     """
     from infllm_agent.bench import plots
     from infllm_agent.bench.speed import report as speed_report
-    from infllm_agent.bench.speed.run import Plan, run
+    from infllm_agent.bench.speed.run import SpeedPlan, run
 
-    plan = Plan(
+    plan = SpeedPlan(
         model,
         _numbers("--histories", histories),
         _listed(systems),

@@ -25,7 +25,7 @@ Role = Literal["system", "user", "assistant", "observation", "tool"]  # chat.Rol
 SessionName = Annotated[str, typer.Argument(metavar="SESSION", help="The session's name.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value on stdout, and nothing else.")]
 
-Log = Annotated[
+Logging = Annotated[
     LogFormat | None,
     typer.Option("--log", envvar="INFLLM_LOG", help="Log to stderr what happens, without texts.", show_default=False),
 ]

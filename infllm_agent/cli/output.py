@@ -27,7 +27,7 @@ SHOWN_CHARS = 1000
 _USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]
 
 
-class Stopped(InfLLMError):
+class Interrupted(InfLLMError):
     """The user stopped the work; the message says what was kept."""
 
 
@@ -143,7 +143,7 @@ def _explain(error: BaseException) -> tuple[int, str]:
     """The exit code for an error, and its line."""
     if isinstance(error, _USAGE_ERROR):
         return BAD_USAGE, f"error: {_usage(error)}"
-    if isinstance(error, Stopped):
+    if isinstance(error, Interrupted):
         return FAILED, str(error)
     if isinstance(error, KeyboardInterrupt | typer.Abort):
         return FAILED, "interrupted: nothing was changed"

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 #: Next tokens of so many sessions share a forward: more tokens a second of all, each a little later.
 DEFAULT_BATCH = 4
+#: A server has more users than a program that uses a runtime by itself.
+DEFAULT_KEPT_OPEN = 16
 
 
 @options
@@ -55,6 +57,12 @@ def serve(
     batch: Annotated[
         int, typer.Option(min=1, help="Most sessions whose next tokens are computed together.")
     ] = DEFAULT_BATCH,
+    kept_open: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Sessions that stay open when no call uses them, each with its window and cached blocks."
+        ),
+    ] = DEFAULT_KEPT_OPEN,
     bucket: BucketUrl | None = None,
     trace: Tracing = "off",
     *,
@@ -74,7 +82,7 @@ def serve(
             "or --open-to-all",
             param_hint="--host",
         )
-    allowed = where.allowed(trace=trace, metrics=True, batch=batch)
+    allowed = where.allowed(trace=trace, metrics=True, batch=batch, kept_open=kept_open)
     from infllm_agent.integrations.server import create_app
     from infllm_agent.integrations.server.middleware.gate import LOOPBACK
 

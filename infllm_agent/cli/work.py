@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from infllm_agent.cli.input import Interrupts
 from infllm_agent.cli.options import RuntimeOptions
-from infllm_agent.cli.output import Stopped, note
+from infllm_agent.cli.output import Interrupted, note
 from infllm_agent.config import MemoryConfig, TraceMode
 from infllm_agent.errors import Cancelled
 from infllm_agent.platform.text import counted
@@ -48,7 +48,7 @@ def open_session(
         trace: of which tokens it is kept what they attended to.
 
     Raises:
-        Stopped: the user stopped the work.
+        Interrupted: the user stopped the work.
     """
     allowed = where.allowed(trace=trace)
     stored = stored_memory(where.root, name, create=create)
@@ -70,7 +70,7 @@ def open_session(
                 session.abandon_stream()
             session.commit()
             kept = f"{counted(session.message_count, 'message')}, {counted(session.token_count, 'token')}"
-            raise Stopped(f'interrupted: {kept} are committed in session "{session.name}"') from None
+            raise Interrupted(f'interrupted: {kept} are committed in session "{session.name}"') from None
 
 
 def stored_memory(root: Path, name: str, *, create: bool) -> dict[str, Any] | None:

@@ -22,7 +22,7 @@ _COMPOSED = ("allOf", "anyOf", "oneOf", "$ref", "patternProperties", "additional
 
 
 def grammar_of(schema: Any, what: str, error_of: Callable[[str], str]) -> str:
-    """The schema as an expression of a Lark grammar.
+    """Write the schema as an expression of a Lark grammar.
 
     Args:
         what: what the schema belongs to, for errors.
@@ -52,7 +52,7 @@ def _expression(schema: dict[str, Any]) -> str:
 
 
 def _closed(schema: dict[str, Any]) -> dict[str, Any]:
-    """The schema with no properties but those it names, where it leaves that open.
+    """Forbid properties other than those that the schema names, where it leaves that open.
 
     What it allows is allowed by the original too; but a small model, free to add properties, adds them without end.
     """
@@ -87,7 +87,7 @@ def _mapped(key: str, value: Any, change: Callable[[dict[str, Any]], dict[str, A
 
 
 def _parts(schema: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The schemas inside a schema, one level down, by their path from it."""
+    """Yield the schemas inside a schema, one level down, by their path from it."""
     for key, value in schema.items():
         if key in _MAPS_OF_SCHEMAS and isinstance(value, dict):
             yield from ((f"{key}/{name}", part) for name, part in value.items() if isinstance(part, dict))
@@ -106,7 +106,7 @@ def _walk(schema: dict[str, Any], path: str) -> Iterator[tuple[str, dict[str, An
 def _at_fault(
     schema: dict[str, Any], root: dict[str, Any], error: str, error_of: Callable[[str], str], path: str = ""
 ) -> tuple[str, str]:
-    """The innermost part that is no good by itself, and why."""
+    """Find the innermost part that is at fault by itself, and why."""
     shared: dict[str, Any] = {key: root[key] for key in ("$defs", "definitions") if key in root}
     for name, part in _parts(schema):
         if found := error_of(f"start: {_expression({**shared, **part})}"):
@@ -115,7 +115,7 @@ def _at_fault(
 
 
 def _reason(error: str) -> str:
-    """The library's message without its picture of the grammar."""
+    """Take the library's message without its picture of the grammar."""
     text = error.split("failed to compile JSON schema: ")[-1]
     lines = re.split(r"\n\s+\d+ \| ", text)[0].splitlines()
     return " ".join(line.strip() for line in lines if line.strip(" ^"))

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from infllm_agent.chat.format import ChatFormat
 from infllm_agent.config import SamplingConfig
-from infllm_agent.generation.grammar import Constraint
-from infllm_agent.generation.sampler import Sampler, TextPieces
+from infllm_agent.generation.constraint import Constraint
+from infllm_agent.generation.sampler import Sampler
+from infllm_agent.generation.text_pieces import TextPieces
 from infllm_agent.tools import InvalidCall, ToolCall
 
 
@@ -59,11 +60,11 @@ class Writer:
         return self._pieces.invalid
 
     def begin(self) -> tuple[list[int], str]:
-        """The tokens that need not be picked, because there is no choice, and the text that they make certain."""
+        """Take the tokens that need not be picked, because there is no choice, and the text that they make certain."""
         return self._take(self._constraint.begin(self._left)) if self._constraint else ([], "")
 
     def write(self, logits: Tensor) -> tuple[list[int], str]:
-        """The next token, given the logits (vocab,) after the one before, and those that must follow it."""
+        """Write the next token, given the logits (vocab,) after the one before, and those that must follow it."""
         constraint = self._constraint
         if constraint is None:
             return self._take([self._sampler.pick(logits, self.generated)])
@@ -72,7 +73,7 @@ class Writer:
         return self._take(constraint.advance(self._sampler.pick(constraint.mask(logits), before), self._left))
 
     def finish(self, reason: str = "") -> str:
-        """End the answer, for that reason if it has not ended by itself; the text that was held back."""
+        """End the answer, for that reason if it has not ended by itself; returns the text that was held back."""
         self.finish_reason = self.finish_reason or reason
         piece = self._pieces.finish()
         if self.finish_reason == "stop" and self.calls:

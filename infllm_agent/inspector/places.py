@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infllm_agent.messages import Message
-from infllm_agent.model.resolve import HUB_ID, PACKAGED, default_cache_dir
+from infllm_agent.model.packaged import PACKAGED
+from infllm_agent.model.resolve import HUB_ID, default_cache_dir
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

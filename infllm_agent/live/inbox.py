@@ -1,4 +1,4 @@
-"""What is on its way into a live session: messages and requests for answers, in order, with back-pressure."""
+"""What is on its way into a session, in order: messages, requests for answers, and callers who want it alone."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Post:
             self.receipt.set_exception(error)
 
 
-class Answer:
+class PendingReply:
     """An answer that was asked for: its pieces as they come, then the reply. One reader at a time."""
 
     def __init__(self, options: dict[str, Any]) -> None:
@@ -103,7 +103,16 @@ class Flush(Future[None]):
             self.set_exception(error)
 
 
-Item = Post | Answer | Flush
+class Loan(Future[None]):
+    """A wish to have the session alone, in the thread that asks; done when it is lent."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.thread = threading.get_ident()
+
+
+Item = Post | PendingReply | Flush | Loan
 
 
 class Inbox:
@@ -140,7 +149,7 @@ class Inbox:
     def asks(self) -> bool:
         """Whether somebody waits for an answer."""
         with self._mutex:
-            return any(isinstance(item, Answer) for item in self._queue)
+            return any(isinstance(item, PendingReply) for item in self._queue)
 
     @property
     def has_work(self) -> bool:
@@ -150,7 +159,7 @@ class Inbox:
 
     def put(self, item: Item) -> None:
         with self._mutex:
-            if self._refusal is not None:
+            if self._refusal is not None and not isinstance(item, Loan):
                 raise self._refusal
             self._queue.append(item)
             if isinstance(item, Post):
@@ -195,15 +204,23 @@ class Inbox:
             self._let_in()
 
     def refuse(self, error: BaseException) -> None:
-        """Take nothing more in."""
+        """Take no more messages and requests in. Callers who wait for the session get it when all that is queued has
+        been dealt with."""
         with self._mutex:
             self._refusal = error
             self._let_in(all_of_them=True)  # to be refused
+            self._queue = deque(sorted(self._queue, key=lambda item: isinstance(item, Loan)))
+
+    def withdraw(self, loan: Loan) -> None:
+        """Take a wish back, if it is still queued."""
+        with self._mutex:
+            if loan in self._queue:
+                self._queue.remove(loan)
 
     def fail_all(self, error: BaseException) -> None:
-        """Nothing of what is queued will be done. What comes after is another matter."""
+        """Nothing of what is queued will be done, but for loans. What comes after is another matter."""
         with self._mutex:
-            queued = list(self._queue)
+            queued = [item for item in self._queue if not isinstance(item, Loan)]
             for item in queued:
                 self.drop(item)
         for item in queued:

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Generator, Sequence
 from os import PathLike
 from typing import Any, Protocol
 
-from infllm_agent.live.inbox import Answer, Flush, Inbox, Post, Receipt
+from infllm_agent.live.inbox import Flush, Inbox, PendingReply, Post, Receipt
 from infllm_agent.messages import Message
 from infllm_agent.reply import Reply
 from infllm_agent.storage.session_store import SessionStore
@@ -176,12 +176,12 @@ class LiveSession:
         self._inbox.put(flush)
         await asyncio.wrap_future(flush)
 
-    def _ask(self, options: dict[str, Any]) -> Answer:
-        answer = Answer(options)
+    def _ask(self, options: dict[str, Any]) -> PendingReply:
+        answer = PendingReply(options)
         self._inbox.put(answer)
         return answer
 
-    def _pieces(self, answer: Answer) -> Generator[str, None, Reply]:
+    def _pieces(self, answer: PendingReply) -> Generator[str, None, Reply]:
         try:
             while not answer.reply.done():
                 answer.more().result()

@@ -9,7 +9,7 @@ from contextlib import closing, suppress
 
 from infllm_agent.config import RuntimeConfig
 from infllm_agent.errors import Cancelled, InfLLMError, Stopped, StorageError
-from infllm_agent.live.inbox import Answer, Flush, Inbox, Post, Receipt
+from infllm_agent.live.inbox import Flush, Inbox, Loan, PendingReply, Post, Receipt
 from infllm_agent.messages import Message
 from infllm_agent.session.session import Session
 
@@ -48,7 +48,7 @@ class Worker:
         self.stopping = stopping
         self.give_way = give_way
         self._taken: list[tuple[Receipt, Message]] = []  # not on disk yet
-        self._asked: Answer | None = None  # that is being given
+        self._asked: PendingReply | None = None  # that is being given
 
     def work(self) -> bool:
         """Until there is nothing to do; returns whether there is, because others need the place.
@@ -64,7 +64,10 @@ class Worker:
             while not self.stopping():
                 self._take_messages()
                 head = self.inbox.head()
-                if isinstance(head, Answer):
+                if isinstance(head, Loan):
+                    self._commit()
+                    return False
+                if isinstance(head, PendingReply):
                     self._answer(head)
                 elif session.pending_tokens >= session.config.chunk_size:
                     self._read()
@@ -115,7 +118,7 @@ class Worker:
                     raise
                 post.fail(error)
             self.inbox.drop(post)
-        if self._taken and not isinstance(self.inbox.head(), Answer):  # which is committed with what it answers
+        if self._taken and not isinstance(self.inbox.head(), PendingReply):  # which is committed with what it answers
             self._commit()
 
     def _take_pieces(self, post: Post) -> bool:
@@ -132,7 +135,7 @@ class Worker:
             self._taken.append((post.receipt, stream.close()))
         return over
 
-    def _answer(self, answer: Answer) -> None:
+    def _answer(self, answer: PendingReply) -> None:
         session, self._asked = self.session, answer
         session.observer.answer_begins(time.perf_counter() - answer.asked)
         try:
@@ -185,9 +188,9 @@ class Worker:
         return self.inbox.has_work or self.inbox.news.wait(LINGER)
 
     def _drain(self) -> None:
-        """Take what is queued, without the model; what is arriving ends with what has come."""
+        """Take what is queued before the next loan, without the model; what is arriving ends with what has come."""
         self._take_messages(all_of_them=True)
-        while (item := self.inbox.head()) is not None:
+        while (item := self.inbox.head()) is not None and not isinstance(item, Loan):
             if isinstance(item, Post):
                 self.session.abandon_stream()
             item.fail(Stopped(f'session "{self.session.name}": the runtime stopped'))

@@ -8,9 +8,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from infllm_agent.blocks.store import BlockCache
-from infllm_agent.kernels import backend
-from infllm_agent.kernels.decode_attention.plain import to_device
+from infllm_agent.blocks.device_cache import BlockCache
+from infllm_agent.kernels.decode_attention.keys import to_device
+from infllm_agent.kernels.votes import best, votes
 from infllm_agent.kernels.votes.plain import attention_mass
 
 #: Gives the keys, or values, (n, kv_heads, block_size, head_dim) of blocks.
@@ -39,20 +39,21 @@ class Candidates:
 
     @cached_property
     def keys(self) -> Tensor:
-        """(kv_heads, n, block_size, head_dim)"""
+        """All their keys, (kv_heads, n, block_size, head_dim)."""
         return self._read(self.blocks.tolist()).transpose(0, 1).contiguous()
 
     def serve(self, token: int, of: int, period: int) -> bool:
-        """Whether a later token, fed alone, chooses among them: until the next multiple of ``period``, or the next
+        """Tell whether a later token, fed alone, chooses among them: until the next multiple of ``period``, or the next
         block. Never for the token that asked for them: if it comes again it may be another one."""
         return self.token < token and self.of == of and token % period != 0
 
     def best(self, asking: Tensor, scale: float, count: int) -> Tensor:
-        """The ``count`` blocks with the largest attention mass of queries (q_heads, n, head_dim) float32; ascending."""
-        return self.blocks[backend.best(attention_mass(asking, self.keys, scale), count)]
+        """Choose the ``count`` blocks with the largest attention mass of queries (q_heads, n, head_dim) float32;
+        ascending."""
+        return self.blocks[best(attention_mass(asking, self.keys, scale), count)]
 
     def keys_of(self, blocks: list[int]) -> Tensor:
-        """Keys of some of them, (len(blocks), kv_heads, block_size, head_dim)."""
+        """Give the keys of some of them, (len(blocks), kv_heads, block_size, head_dim)."""
         wanted = torch.tensor(blocks, device=self.blocks.device)
         return self.keys.index_select(1, torch.searchsorted(self.blocks, wanted)).transpose(0, 1)
 
@@ -80,20 +81,20 @@ class CachedCandidates(Candidates):
         self._bring()
         size = self._cache.k.shape[2]
         keys = self._cache.k.flatten(1, 2).transpose(0, 1)
-        mass = backend.votes(asking, keys, scale, chosen=self._rows).view(-1, size).sum(dim=1)
-        return self.blocks[backend.best(mass, count)]
+        mass = votes(asking, keys, scale, chosen=self._rows).view(-1, size).sum(dim=1)
+        return self.blocks[best(mass, count)]
 
     def slots_of(self, chosen: Tensor) -> Tensor:
-        """Where in the cache those of them lie that were chosen just now: (len(chosen),) int32, on the device."""
+        """Find where in the cache those lie that were chosen just now: (len(chosen),) int32, on the device."""
         self._cache.count_hits(len(chosen))
         return self._slots[torch.searchsorted(self.blocks, chosen)]
 
     def keys_of(self, blocks: list[int]) -> Tensor:
-        """As they are stored: whoever asks found them missing in the cache."""
+        """Read keys as they are stored: whoever asks found them missing in the cache."""
         return self._read(blocks)
 
     def _bring(self) -> None:
-        """Load what is not in the cache, which happens when they are new, or when other blocks came meanwhile."""
+        """Load what the cache lacks: all of them when they are new, some when other blocks have come meanwhile."""
         if self._loaded == self._cache.counters.misses:
             return
         slots = self._cache.fetch(self._numbers, lambda blocks: (self._read(blocks), self._values(blocks)))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from infllm_agent.blocks.store import BlockCache
+from infllm_agent.blocks.device_cache import BlockCache
 from infllm_agent.config import MemoryConfig
-from infllm_agent.kernels import backend
-from infllm_agent.kernels.decode_attention.plain import Angles, Bounds, DecodeKeys
+from infllm_agent.kernels.decode_attention import decode_attention
+from infllm_agent.kernels.decode_attention.keys import Angles, Bounds, DecodeKeys
 from infllm_agent.memory.far_keys import FarKeys
 from infllm_agent.memory.window import Window
 
@@ -27,16 +27,16 @@ class Decoder:
             self._angles = Angles(*table.angles, table.rotary.interleaved, distance)
 
     def attend(self, q: Tensor, slots: Tensor, *, scale: float, softcap: float | None) -> Tensor:
-        """Attention (q_heads, 1, head_dim) of the token that is staged behind the window.
+        """Attend with the token that is staged behind the window: (q_heads, 1, head_dim).
 
         Args:
             q: (q_heads, 1, head_dim) without rotary embedding.
             slots: (blocks,) int32, where in the cache the looked-up blocks lie, in their order.
         """
-        return backend.decode_attention(q[:, 0], self.keys(slots), scale=scale, softcap=softcap).out
+        return decode_attention(q[:, 0], self.keys(slots), scale=scale, softcap=softcap).out
 
     def keys(self, slots: Tensor) -> DecodeKeys:
-        """What that token attends to."""
+        """Gather what that token attends to."""
         window, far, cache = self._window, self._far, self._cache
         bounds = self._bounds.set(far.n_sinks, len(slots), window.start, window.stop + 1)
         return DecodeKeys(

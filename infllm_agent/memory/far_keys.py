@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from infllm_agent.blocks.store import BlockCache
+from infllm_agent.blocks.device_cache import BlockCache
 from infllm_agent.config import MemoryConfig
 from infllm_agent.kernels.rotary import RotaryTable
 from infllm_agent.memory.window import Window
@@ -40,18 +40,18 @@ class FarKeys:
 
     @property
     def n(self) -> int:
-        """Sinks and looked-up keys."""
+        """Number of sinks and looked-up keys."""
         return self.n_sinks + len(self._blocks) * self.config.block_size
 
     def keep_sinks(self, k: Tensor, v: Tensor) -> None:
-        """The session's first tokens, (kv_heads, n, head_dim) each."""
+        """Keep the session's first tokens, (kv_heads, n, head_dim) each, as sinks."""
         self.n_sinks = k.shape[1]
         self.k[:, : self.n_sinks], self.v[:, : self.n_sinks] = k, v
         self._blocks = []  # those gathered before had other places
         self._rotate(slice(0, self.n_sinks))
 
     def sinks(self) -> Tensor:
-        """Their keys and values (2, kv_heads, n_sinks, head_dim)."""
+        """Give the sinks' keys and values (2, kv_heads, n_sinks, head_dim)."""
         return torch.stack([self.k[:, : self.n_sinks], self.v[:, : self.n_sinks]])
 
     def gather(self, blocks: list[int], load: Callable[[list[int]], tuple[Tensor, Tensor]]) -> None:
@@ -72,7 +72,7 @@ class FarKeys:
         self._rotate(places)
 
     def rotated(self, q: Tensor) -> tuple[Tensor, Tensor]:
-        """The queries (q_heads, n, head_dim) behind the window as the far keys see them, and these keys, rotated."""
+        """Rotate the queries (q_heads, n, head_dim) behind the window as the far keys see them, and these keys."""
         k = self._k_rotated[:, : self.n]
         if self.rotary is not None:
             return self.rotary.rotate(q, self.n + len(self._window)), k
@@ -92,7 +92,7 @@ class FarKeys:
 
 
 def _changed(before: list[int], now: list[int]) -> slice:
-    """The places of ``now`` from the first to the last that ``before`` has otherwise, or has not."""
+    """Find the places of ``now``, from the first to the last, where ``before`` has something else or nothing."""
     start, stop = 0, len(now)
     while start < min(len(before), len(now)) and before[start] == now[start]:
         start += 1

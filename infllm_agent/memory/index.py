@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from infllm_agent.kernels import backend
+from infllm_agent.kernels.votes import best
 from infllm_agent.kernels.votes.plain import SLAB, cell_shares, cell_sizes, votes, votes_among
 from infllm_agent.platform.threads import begun
 
@@ -30,8 +30,9 @@ INDEX_STEP = 2048
 CELLS = 4096
 #: Most parts of an axis.
 PARTS = 16
-#: To decide on a cell, keys and axes are rounded to so many steps on either side of 0. Sums of products of integers are
-#: exact in float32 (in heads of up to 1,000), so a key's cell does not depend on what it is computed together with.
+#: To decide on a cell, keys and axes are rounded to whole steps, this many on either side of 0. Sums of products of
+#: integers are exact in float32 (in heads of up to 1,000), so a key's cell does not depend on what it is computed
+#: together with.
 STEPS = 127
 
 NORMAL = NormalDist()
@@ -51,15 +52,15 @@ class Rows:
 
     @property
     def all(self) -> Tensor:
-        """(count, *row)"""
+        """All rows, (count, *row)."""
         return self._room[: self.count]
 
     def room_for(self, count: int) -> int:
-        """For how many rows there is room once there are ``count``."""
+        """Tell for how many rows there is room once there are ``count``."""
         return self.room if count <= self.room else max(2 * self.room, -(-count // INDEX_STEP) * INDEX_STEP)
 
     def growth(self, count: int) -> int:
-        """Bytes more that it will take when so many rows are appended."""
+        """Count the bytes that appending ``count`` rows adds."""
         return (self.room_for(self.count + count) - self.room) * self._room[0].nbytes
 
     def append(self, rows: Tensor) -> None:
@@ -67,7 +68,7 @@ class Rows:
             self.extend(rows.shape[0]).copy_(rows)
 
     def extend(self, count: int) -> Tensor:
-        """So many rows more, to be written by the caller."""
+        """Add ``count`` rows, to be written by the caller."""
         stop = self.count + count
         room = self.room_for(stop)
         if room > self.room or self._shared:
@@ -78,7 +79,7 @@ class Rows:
         return self._room[stop - count : stop]
 
     def fork(self, count: int) -> Rows:
-        """The first ``count`` rows, independent: nothing is copied until they grow."""
+        """Make an independent array of the first ``count`` rows: nothing is copied until it grows."""
         fork = object.__new__(Rows)
         # Rows below `self.count` never change, so both may read them; only the original goes on writing behind them.
         fork._room, fork._shared, fork.count = self._room, True, count
@@ -90,7 +91,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Grid:
-    """Which cell a key lies in: between which bounds along each of some axes. Fitted once, to the first keys.
+    """The cell that a key lies in, which is a matter of bounds along some axes. Fitted once, to the first keys.
 
     Attributes:
         mean: (kv_heads, head_dim), of those keys.
@@ -112,7 +113,7 @@ class Grid:
 
     @classmethod
     def fit(cls, keys: Tensor) -> Grid:
-        """A grid for keys (blocks, kv_heads, head_dim)."""
+        """Fit a grid to keys (blocks, kv_heads, head_dim)."""
         by_head = keys.float().transpose(0, 1)
         mean = by_head.mean(dim=1)
         offsets = by_head - mean.unsqueeze(1)
@@ -131,11 +132,12 @@ class Grid:
 
     @property
     def cells(self) -> int:
-        """How many there are in each key head."""
+        """The number of cells in each key head."""
         return math.prod(self.parts)
 
     def middles(self) -> Tensor:
-        """The mean (kv_heads, cells, head_dim) of the keys in each cell, seen from that of all, if keys are normal."""
+        """Compute the mean (kv_heads, cells, head_dim) of each cell's keys, seen from that of all, if keys are
+        normal."""
         numbers, along = torch.arange(self.cells), []
         for axis, n in enumerate(self.parts):
             edges = [0.0, *(NORMAL.pdf(NORMAL.inv_cdf(i / n)) for i in range(1, n)), 0.0]
@@ -144,8 +146,12 @@ class Grid:
         return (torch.stack(along, dim=1).to(self.mean.device) * self.deviations.unsqueeze(1)) @ self.axes
 
     def sort(self, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """The cells (n, kv_heads) int16 in which keys (n, kv_heads, head_dim) lie; how far they are from the mean, in
-        whole steps: (n, kv_heads, head_dim) bfloat16, which is exact."""
+        """Find the cells in which keys (n, kv_heads, head_dim) lie.
+
+        Returns:
+            The cells (n, kv_heads) int16; how far the keys are from the mean, in whole steps: (n, kv_heads, head_dim)
+            bfloat16, which is exact.
+        """
         cells = torch.empty(keys.shape[:2], dtype=torch.int16, device=keys.device)
         steps = torch.empty(keys.shape, dtype=torch.bfloat16, device=keys.device)
         weights = [float(math.prod(self.parts[:axis])) for axis, n in enumerate(self.parts) for _ in range(n - 1)]
@@ -160,8 +166,8 @@ class Grid:
 
 
 def _divided(deviations: list[float]) -> tuple[int, ...]:
-    """Into how many parts each of the longest axes is divided: always one with the widest parts, until there are
-    ``CELLS`` cells or ``PARTS`` parts everywhere."""
+    """Divide the longest axes into parts: always the one with the widest parts, until there are ``CELLS`` cells or
+    ``PARTS`` parts everywhere."""
     parts = [1] * len(deviations)
     while math.prod(parts) < CELLS and min(parts) < PARTS:
         coarse = [axis for axis, n in enumerate(parts) if n < PARTS]
@@ -170,11 +176,11 @@ def _divided(deviations: list[float]) -> tuple[int, ...]:
 
 
 class Cells:
-    """In which cells the keys of more than ``flat`` blocks lie, and what keys are like there.
+    """The cells in which the keys of more than ``flat`` blocks lie, and what keys are like there.
 
     Args:
         keys: (blocks, kv_heads, head_dim), of all blocks so far.
-        room: for so many blocks there is room in the index.
+        room: the number of blocks for which there is room in the index.
     """
 
     def __init__(self, keys: Tensor, flat: int, room: int) -> None:
@@ -187,7 +193,7 @@ class Cells:
         self.extend(keys)
 
     def extend(self, keys: Tensor) -> None:
-        """Now ``keys`` are those of all blocks. Centres are taken anew whenever there are an eighth more."""
+        """Take ``keys``, now those of all blocks. Centres are taken anew whenever there are an eighth more."""
         known = self.flat
         while (more := known + -(-known // 8)) < len(keys):
             known = more
@@ -199,7 +205,7 @@ class Cells:
         self._sizes = cell_sizes(self._of_blocks.all.T.long(), self._grid.cells)
 
     def _take_centres(self, keys: Tensor) -> None:
-        """A centre is the mean of a cell's keys and of one more, in the middle of the cell."""
+        """Take as each cell's centre the mean of its keys and of one more, in the middle of the cell."""
         grid, (kv_heads, head_dim) = self._grid, keys.shape[1:]
         cells, steps = grid.sort(keys)
         self._of_blocks.append(cells[self._of_blocks.count :])
@@ -213,14 +219,14 @@ class Cells:
         self._centres = offsets.div_((sizes + 1).unsqueeze(-1)).add_(grid.mean.unsqueeze(1)).to(keys.dtype)
 
     def fork(self, keys: Tensor) -> Cells:
-        """The same for the first of all keys, independent of these."""
+        """Make independent cells of ``keys``, the first of all keys."""
         fork = copy(self)
         fork._of_blocks = self._of_blocks.fork(len(keys))
         fork.extend(keys)
         return fork
 
     def near(self, q: Tensor, scale: float, count: int) -> tuple[Tensor, Tensor]:
-        """The ``count`` blocks with the most votes of queries (q_heads, n, head_dim) float32, by their cells alone.
+        """Find the ``count`` blocks with the most votes of queries (q_heads, n, head_dim) float32, by cells alone.
 
         Returns:
             These blocks, ascending; log Σ exp(scale · q·k) over all others, (kv_heads, queries of a key head, 1).
@@ -228,22 +234,22 @@ class Cells:
         cells = self._of_blocks.all.T.long()
         shares, total = cell_shares(q, self._centres, self._sizes, scale)
         a_block = shares.sum(dim=1) / self._sizes.clamp_min(1)
-        near = backend.best(a_block.gather(1, cells).sum(dim=0), count)
+        near = best(a_block.gather(1, cells).sum(dim=0), count)
         far = 1 - cell_sizes(cells[:, near], self._grid.cells) / self._sizes.clamp_min(1)
         return near, total + (shares @ far.unsqueeze(-1)).log()
 
     def growth(self, count: int) -> int:
-        """Bytes more that it will take when there are so many blocks more."""
+        """Count the bytes that ``count`` more blocks add."""
         return self._of_blocks.growth(count)
 
     @staticmethod
     def size(keys: Tensor, room: int) -> int:
-        """Bytes that the cells of such keys take, with room for so many."""
+        """Count the bytes that the cells of such keys take, with room for ``room`` blocks."""
         kv_heads, head_dim = keys.shape[1:]
         return room * kv_heads * torch.int16.itemsize + CELLS * kv_heads * head_dim * keys.itemsize
 
     def device_bytes(self) -> int:
-        """Bytes that each block takes, and those of the centres; the rest is small beside them."""
+        """Count the bytes that each block takes, and those of the centres; the rest is small beside them."""
         return self._of_blocks.device_bytes() + self._centres.nbytes
 
 
@@ -271,7 +277,7 @@ class BlockIndex:
 
     @property
     def keys(self) -> Tensor:
-        """(count, kv_heads, head_dim)"""
+        """The key of each block, (count, kv_heads, head_dim)."""
         return self._keys.all
 
     def append(self, keys: Tensor) -> None:
@@ -281,25 +287,25 @@ class BlockIndex:
 
     @property
     def _cells(self) -> Cells | None:
-        """Of all keys; None of so few that no cells are needed."""
+        """The cells of all keys; None where there are so few that they need no cells."""
         if self._finish is not None:
             finish, self._finish = self._finish, None
             finish()
         return self._sorted
 
     def extend(self, count: int) -> Tensor:
-        """Room (count, kv_heads, head_dim) for the keys of so many blocks more; once they are there, ``sort``."""
+        """Make room (count, kv_heads, head_dim) for the keys of ``count`` more blocks; fill it, then ``sort``."""
         return self._keys.extend(count)
 
     def sort(self) -> None:
-        """Put keys that are new into cells."""
+        """Put new keys into cells."""
         if self._cells is not None:
             self._cells.extend(self.keys)
         elif self.flat is not None and self.count > self.flat:
             self._sort_all()
 
     def sort_soon(self) -> None:
-        """The same in another thread; who needs the cells first waits for them."""
+        """Put new keys into cells in another thread; whoever needs the cells first waits for them."""
         if self.flat is not None and self.count > self.flat:
             self._finish = begun(self._sort_all)
 
@@ -308,7 +314,7 @@ class BlockIndex:
         self._sorted = Cells(self.keys, self.flat, self._keys.room)
 
     def growth(self, count: int) -> int:
-        """Bytes more that it will take when so many blocks are appended."""
+        """Count the bytes that appending ``count`` blocks adds."""
         more = self._keys.growth(count)
         if self._sorted is not None:
             return more + self._sorted.growth(count)
@@ -319,7 +325,7 @@ class BlockIndex:
         return more
 
     def fork(self, count: int) -> BlockIndex:
-        """An independent index of the first ``count`` blocks: no key is copied until it grows."""
+        """Make an independent index of the first ``count`` blocks: no key is copied until it grows."""
         cells = self._cells
         fork = copy(self)
         fork._keys = self._keys.fork(count)
@@ -328,14 +334,14 @@ class BlockIndex:
         return fork
 
     def most_voted(self, q: Tensor, scale: float, count: int) -> Tensor:
-        """The ``count`` blocks with the most votes of queries (q_heads, n, head_dim) float32; ascending."""
+        """Choose the ``count`` blocks with the most votes of queries (q_heads, n, head_dim) float32; ascending."""
         cells = self._cells
         if cells is None:
-            return backend.best(votes(q, self.keys, scale), count)
+            return best(votes(q, self.keys, scale), count)
         compared = max(count, math.isqrt(cells.flat * self.count // 2))
         near, others = cells.near(q, scale, compared)
         keys = self.keys.flatten(1).index_select(0, near).view(-1, *self.keys.shape[1:])  # far faster than [near]
-        return near[backend.best(votes_among(q, keys, others, scale), count)]
+        return near[best(votes_among(q, keys, others, scale), count)]
 
     def device_bytes(self) -> int:
         return self._keys.device_bytes() + self._size_of_cells()

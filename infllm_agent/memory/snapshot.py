@@ -22,7 +22,7 @@ FORMAT = 2
 def pack(
     state: MemoryState, config: MemoryConfig, marks: Marks | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors (on the CPU) and the JSON-ready rest of a memory's state, and the marks of its blocks' files."""
+    """Pack a memory's state, and the marks of its blocks' files: as tensors (on the CPU) and a JSON-ready rest."""
     tensors = compute_thread().run(lambda: _tensors(state, marks))
     return tensors, {"length": state.length, "blocks": Division.of(state.length, config).blocks}
 
@@ -42,7 +42,7 @@ def _tensors(state: MemoryState, marks: Marks | None) -> dict[str, Tensor]:
 
 
 def unpack(tensors: dict[str, Tensor], record: dict[str, Any]) -> MemoryState:
-    """The state that ``pack`` was given."""
+    """Unpack the state that ``pack`` was given."""
     layers: dict[int, LayerState] = {}
     sliding: dict[int, WindowState] = {}
     for number in sorted({int(name.split(".")[1]) for name in tensors if name.startswith("layer.")}):
@@ -56,7 +56,7 @@ def unpack(tensors: dict[str, Tensor], record: dict[str, Any]) -> MemoryState:
 
 
 def block_files(folder: Path, tensors: dict[str, Tensor], state: MemoryState, config: MemoryConfig) -> BlockFiles:
-    """The files of the blocks beside a state.
+    """Open the files of the blocks beside a state.
 
     Raises:
         CorruptSession: the tail does not fit them.

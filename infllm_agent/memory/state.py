@@ -17,7 +17,7 @@ from infllm_agent.config import MemoryConfig
 
 
 class Division(NamedTuple):
-    """Of a session's tokens, oldest first: how many are sinks, and how many blocks come before the window."""
+    """A session's tokens divided, oldest first: the number of sinks, and of blocks between them and the window."""
 
     sinks: int
     blocks: int
@@ -57,7 +57,7 @@ class MemoryState:
     sliding: dict[int, WindowState]
 
     def can_rewind(self, length: int, config: MemoryConfig) -> bool:
-        """Whether the state at an earlier length can be told from this one.
+        """Tell whether the state at an earlier length can be told from this one.
 
         Not if a layer slides by itself and has dropped what it would need. Nor if a token would have to come back to
         the window, and the window keeps queries (``block_key="representatives"``), which blocks and sinks do not, or
@@ -74,7 +74,7 @@ class MemoryState:
         return exact or Division.of(length, config) == Division.of(self.length, config)
 
     def rewound(self, length: int, config: MemoryConfig, blocks: BlockStore) -> MemoryState:
-        """The state as it was at an earlier end of a chunk. Views of this one where it can be.
+        """Restore the state as it was at an earlier end of a chunk. Views of this one where it can be.
 
         Args:
             blocks: the sealed blocks; those past the earlier length are read, as far as its window reaches.

@@ -12,9 +12,9 @@ from torch import Tensor
 from infllm_agent.config import TraceMode
 from infllm_agent.trace import KEPT_BLOCKS, KEPT_LAYER_BLOCKS, SHARES, LayerTrace, Trace
 
-#: "sampled" traces the question, the first tokens of the answer and then one in so many; and of each of them every
-#: second layer in turn, the even ones and the odd ones: the heads that find something are in several layers, and what
-#: they find takes more than one token to say.
+#: "sampled" traces the question, the first tokens of the answer and then one in ``THEN_EVERY``; and of each of them
+#: every second layer in turn, the even ones and the odd ones: the heads that find something are in several layers, and
+#: what they find takes more than one token to say.
 FIRST_TOKENS, THEN_EVERY = 16, 16
 SAMPLED_LAYERS = 2
 
@@ -48,13 +48,13 @@ class TraceRecorder:
         self._seen = np.zeros(len(self.layers), np.int64)  # queries
 
     def traces(self, token: int) -> bool:
-        """Whether the query that decides the answer's token of that number, from 0, is traced."""
+        """Tell whether the query that decides the answer's token of that number, from 0, is traced."""
         if self.mode == "sampled":
             return token < FIRST_TOKENS or token % THEN_EVERY == 0
         return self.mode == "on"
 
     def wants(self, layer: int) -> bool:
-        """As ``Recorder`` says; layer 0 begins a query."""
+        """Tell whether the layer is recorded of this query; layer 0 begins a query."""
         if layer == 0:
             self._turn = self.queries % self._stride
         return (layer - self._turn) % self._stride == 0
@@ -62,7 +62,7 @@ class TraceRecorder:
     def record(
         self, layer: int, n_sinks: int, blocks: Sequence[int], first_token: int, logits: Sequence[Tensor]
     ) -> None:
-        """As ``Recorder`` says."""
+        """Keep what a layer shows; the last layer of a query has all of them added up."""
         self._shown[layer] = blocks, logits
         if layer + self._stride >= len(self.layers):
             parts = zip(*(logits for _, logits in self._shown.values()), strict=True)
@@ -76,7 +76,8 @@ class TraceRecorder:
     def _add(
         self, layers: list[int], n_sinks: int, blocks: npt.NDArray[np.int64], first_token: int, rows: _Rows
     ) -> None:
-        """One query: of ``layers``, the ``blocks`` (layers, n) and ``rows`` (layers, 2, keys), heads' mean and most."""
+        """Add up one query: of ``layers``, the ``blocks`` (layers, n) and ``rows`` (layers, 2, keys), the heads' mean
+        and maximum."""
         size = self.block_size
         n_far = n_sinks + blocks.shape[1] * size
         self._grow(first_token + rows.shape[2] - n_far)
@@ -99,7 +100,7 @@ class TraceRecorder:
         )
 
     def _by_block(self, tokens: _Rows, n_sinks: int) -> _Rows:
-        """A view (blocks, block_size) of what is kept by token."""
+        """View by block, (blocks, block_size), what is kept by token."""
         return tokens[n_sinks : n_sinks + (len(tokens) - n_sinks) // self.block_size * self.block_size].reshape(
             -1, self.block_size
         )
@@ -115,7 +116,7 @@ class TraceRecorder:
     def trace(
         self, answer: int, question: int | None, question_start: int, *, n_sinks: int, hits: int = 0, misses: int = 0
     ) -> Trace:
-        """The value to keep.
+        """Make the value to keep.
 
         Args:
             answer, question: indices of messages.
@@ -159,11 +160,11 @@ class TraceRecorder:
 
 
 def _largest(values: _Rows, count: int) -> npt.NDArray[np.int64]:
-    """The places of the largest values that are not 0, the largest first."""
+    """Find the places of the largest values other than 0, the largest first."""
     order = np.argsort(-values, kind="stable")[:count]
     return order[values[order] > 0]
 
 
 def _rounded(values: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
-    """As they are stored: a trace is the same before and after."""
+    """Round shares as they are stored, so that a trace reads alike before and after."""
     return values.astype(SHARES).astype(np.float64)

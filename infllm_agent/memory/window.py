@@ -68,11 +68,11 @@ class Window:
         return self.rotary.rotate(q, self.stop) if self.rotary is not None else q
 
     def advance(self, n: int) -> None:
-        """The ``n`` staged tokens become part of the window."""
+        """Make the ``n`` staged tokens part of the window."""
         self.stop += n
 
     def drop(self, n: int) -> None:
-        """The oldest ``n`` tokens leave the window."""
+        """Drop the oldest ``n`` tokens."""
         self.start += n
         if self.start >= self.slack:
             self._slide(self.start % self.slack)
@@ -84,14 +84,14 @@ class Window:
         self.advance(state.k.shape[1])
 
     def held(self) -> WindowState:
-        """The window's tokens, without those that are staged; views."""
+        """View the window's tokens, without those that are staged."""
         held = slice(self.start, self.stop)
         return WindowState(
             self.k[:, held], self.v[:, held], self.queries[:, held] if self.queries is not None else None
         )
 
     def device_bytes(self) -> int:
-        """Bytes of the buffers; constant."""
+        """Count the bytes of the buffers; constant."""
         buffers = [self.k, self.v, self.queries]
         if self.rotary is not None:
             buffers.append(self.k_rotated)

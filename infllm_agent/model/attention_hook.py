@@ -42,7 +42,8 @@ def _attention(
     between_layers: Callable[[], None] | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: query (rows, q_heads, n, head_dim) in, (rows, n, q_heads, head_dim) out.
+    """Attend, as transformers' attention interface asks: query (rows, q_heads, n, head_dim) in, (rows, n, q_heads,
+    head_dim) out.
 
     Each row is of another session, and has its memory.
     """

@@ -19,7 +19,7 @@ from infllm_agent.model.attention_hook import Memory
 #: Of a step's time, how long the next one waits for sessions that were in it and have not come back yet.
 PATIENCE = 0.1
 
-Turn = Callable[[], AbstractContextManager[None]]
+TakeTurn = Callable[[], AbstractContextManager[None]]
 Outcome = Tensor | Exception
 Compute = Callable[[Sequence[int], Sequence[Memory]], list[Outcome]]
 
@@ -34,14 +34,14 @@ class _Entry:
 
 
 class DecodeBatch:
-    """Where sessions meet that decode with one model.
+    """The place where sessions meet that decode with one model.
 
     Args:
         turn: the turn at the model, held for a step.
         compute: one forward for the tokens of several memories; gives each its logits, or why it has none.
     """
 
-    def __init__(self, turn: Turn, compute: Compute) -> None:
+    def __init__(self, turn: TakeTurn, compute: Compute) -> None:
         self._turn, self._compute = turn, compute
         self._mutex = threading.Lock()
         self._waiting: list[_Entry] = []  # the first leads
@@ -50,7 +50,7 @@ class DecodeBatch:
         self._last_s = 0.0
 
     def step(self, token: int, memory: Memory, size: int) -> Tensor:
-        """One token of one session; returns its logits (vocab,).
+        """Compute one token of one session; returns its logits (vocab,).
 
         Args:
             size: most sessions in a forward.
@@ -92,7 +92,7 @@ class DecodeBatch:
             raise
 
     def _take(self, size: int, taken: list[_Entry]) -> None:
-        """The leader and those who wait behind it; for those who were in the last step it waits a little."""
+        """Take the leader and those who wait behind it, after waiting a little for those who were in the last step."""
         with self._mutex:
             until = time.perf_counter() + PATIENCE * self._last_s
             while len(self._waiting) < size and not {id(one.memory) for one in self._waiting} >= set(

@@ -144,7 +144,7 @@ class LocalModel:
         return local
 
     def new_memory(self, config: MemoryConfig | None = None, tiers: Tiers | None = None) -> ContextMemory:
-        """An empty memory for one session.
+        """Make an empty memory for one session.
 
         Args:
             tiers: what it may take, together with others; None: as much as it needs.
@@ -158,7 +158,7 @@ class LocalModel:
         return compute_thread().run(lambda: ContextMemory(config, self.specs, self.dtype, self.device, tiers))
 
     def default_memory(self) -> MemoryConfig:
-        """The default configuration, scaled down for a model whose window is too small for it."""
+        """Scale the default configuration down for a model whose window is too small for it."""
         config = MemoryConfig()
         while config.attended_keys > self.window and config.n_local > 16:
             config = config.changed(
@@ -186,7 +186,7 @@ class LocalModel:
             )
 
     def digest(self) -> str:
-        """A fingerprint of the weights: names, shapes and a sample of the values of every parameter."""
+        """Compute a fingerprint of the weights: names, shapes and a sample of the values of every parameter."""
         if self._digest is None:
             digest = hashlib.sha256(type(self.model).__name__.encode())
             for name, parameter in self.model.named_parameters():
@@ -216,12 +216,12 @@ class LocalModel:
 
     @torch.inference_mode()
     def forward_all(self, token_ids: Sequence[int], memory: Memory) -> Tensor:
-        """As ``forward``, but the logits (n, vocab) after every token of the chunk."""
+        """Stream one chunk into the memory; returns the logits (n, vocab) float32 after every token of it."""
         return self._step(token_ids, memory, last_only=False)
 
     @contextlib.contextmanager
     def detached(self, attention: str = "sdpa") -> Iterator[Any]:
-        """The model with transformers' own attention, for as long as the ``with`` lasts."""
+        """Give the model transformers' own attention, for as long as the ``with`` lasts."""
         with self.turns.turn(self):
             set_attention(self.model, attention)
             try:
@@ -243,7 +243,7 @@ class LocalModel:
             return compute_thread().run(step)
 
     def _together(self, token_ids: Sequence[int], memories: Sequence[Memory]) -> list[Outcome]:
-        """One token of each memory in one forward. If that fails each goes alone, and whose fault it was fails."""
+        """Compute one token of each memory together. If that fails each goes alone, and only those at fault fail."""
         try:
             for memory in memories:
                 memory.reserve(1)
@@ -258,7 +258,7 @@ class LocalModel:
         return list(logits)
 
     def _logits(self, ids: Tensor, memories: Sequence[Memory], *, last_only: bool) -> Tensor:
-        """Of chunks (rows, n), each of another session: (rows, n or 1, vocab)."""
+        """Compute the logits (rows, n or 1, vocab) of chunks (rows, n), each of another session."""
         out = self.model(
             input_ids=ids,
             position_ids=torch.zeros_like(ids),
@@ -270,13 +270,13 @@ class LocalModel:
         return out.logits  # type: ignore[no-any-return]
 
     def _between_layers(self) -> None:
-        """Where a forward lets in what cannot wait for its end."""
+        """Let in what cannot wait for the end of a forward."""
         self.turns.pause()
         compute_thread().between()
 
     @torch.inference_mode()
     def _check_against_own_attention(self) -> None:
-        """The last word: a short text in two chunks must give the logits of the model's own eager attention."""
+        """Raise UnsupportedModel unless a short text in two chunks gives the logits of the model's own attention."""
         ids = probe_ids(self.model)
         set_attention(self.model, "eager")
         expected = self.model(input_ids=ids, use_cache=False).logits[0].float()
@@ -298,7 +298,7 @@ class LocalModel:
 
 
 def _trained_window(text_config: Any) -> int:
-    """The longest distance the rotation measured by ``probe`` was trained for."""
+    """Find the longest distance that the rotation measured by ``probe`` was trained for."""
     rope = getattr(text_config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":  # past this length the model would switch to other frequencies
         return int(rope["original_max_position_embeddings"])

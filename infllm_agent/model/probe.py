@@ -132,7 +132,7 @@ def _probe_at(model: Any, ids: Tensor, positions: Tensor) -> _Probe:
 
 
 def _rotaries(model: Any) -> list[Rotary]:
-    """Every rotation that the model's buffers could mean: each set of frequencies, in both channel layouts."""
+    """List every rotation that the model's buffers could mean: each set of frequencies, in both channel layouts."""
     frequencies: list[Tensor] = []
     for name, buffer in model.named_buffers():
         if name.endswith("inv_freq") and buffer.dim() == 1:
@@ -150,7 +150,7 @@ def _find_rotary(
     candidates: Sequence[Rotary],
     refuse: Callable[[str], UnsupportedModel],
 ) -> Rotary | None:
-    """The rotation that turns the layer's queries and keys at position zero into those at ``positions``."""
+    """Find the rotation that turns the layer's queries and keys at position zero into those at ``positions``."""
     if torch.equal(plain.q, rotated.q) and torch.equal(plain.k, rotated.k):
         return None
     best, best_error = None, float("inf")

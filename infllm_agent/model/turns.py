@@ -20,9 +20,9 @@ class Urgency(IntEnum):
     FIRST_TOKEN = 2  # of an answer
 
 
-#: Of the time, what goes to work that nobody waits for while urgent work waits all the time.
+#: The share of the time that goes to work that nobody waits for, while urgent work waits all the time.
 CALM_SHARE = 0.2
-#: Seconds that such work has to be owed before it goes before next tokens, and before first tokens.
+#: Seconds of the turn that such work must be owed before it goes ahead of next tokens, and of first tokens.
 QUANTUM, LONG = 0.1, 2.0
 
 
@@ -38,12 +38,12 @@ class _Ticket:
 
 
 class Waiting(Protocol):
-    """How work that paused waits for its turn (``ComputeThread``)."""
+    """The way in which work that paused waits for its turn (``ComputeThread``)."""
 
     def wait(self, called: threading.Event) -> None: ...
 
     def wake(self) -> None:
-        """Called after the event was set."""
+        """Wake it; called after the event was set."""
 
 
 class Turns:
@@ -81,12 +81,12 @@ class Turns:
 
     @property
     def waiting(self) -> int:
-        """How many threads wait for their turn."""
+        """The number of threads that wait for their turn."""
         return len(self._waiting)
 
     def pause(self) -> None:
-        """By the work that has the turn, in whatever thread, if it is not urgent: let urgent work go first. Whoever
-        paused goes on before new work begins."""
+        """Let urgent work go first; called by the work that has the turn, in whatever thread, and does nothing if that
+        is urgent itself. Whoever paused goes on before new work begins."""
         with self._mutex:
             mine = self._holder
             if mine is None or mine.urgency:
@@ -152,7 +152,7 @@ class Turns:
             self._how.wake()
 
     def _account(self, ticket: _Ticket) -> None:
-        """Of the time that the holder of the turn had since it was last asked."""
+        """Account for the time that the holder of the turn had since the last account."""
         now = time.monotonic()
         seconds, ticket.since = now - ticket.since, now
         if not ticket.urgency:

@@ -32,7 +32,7 @@ class Int8Linear(nn.Module):
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Rounds ``weight`` (out, in) to the nearest step."""
+        """Round ``weight`` (out, in) to the nearest step."""
         super().__init__()
         scale = weight.detach().float().abs().amax(dim=1).clamp_min(1e-20) / 127
         steps = (weight.detach().float() / scale.unsqueeze(1)).round_().to(torch.int8)
@@ -49,7 +49,7 @@ class Int8Linear(nn.Module):
 
 
 def to_rows(model: nn.Module) -> None:
-    """Every linear layer of a model becomes a ``RowLinear`` of the same weights."""
+    """Make every linear layer of a model a ``RowLinear`` of the same weights."""
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = RowLinear

@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import TypeVar
 
+from infllm_agent.platform.cancellation import Cancellation
+
 T = TypeVar("T")
 
 #: How many reads are under way at once: disks answer many as fast as one.
@@ -86,7 +88,7 @@ def _forget() -> None:
 os.register_at_fork(after_in_child=_forget)
 
 
-async def from_thread(produce: Callable[[Callable[[], bool]], Iterator[T]]) -> AsyncGenerator[T, None]:
+async def from_thread(produce: Callable[[Cancellation], Iterator[T]]) -> AsyncGenerator[T, None]:
     """What ``produce`` yields in a thread of its own.
 
     The thread is one item ahead at most. Closed early, or cancelled, it tells ``produce`` to stop and waits until it
@@ -95,22 +97,23 @@ async def from_thread(produce: Callable[[Callable[[], bool]], Iterator[T]]) -> A
     loop = asyncio.get_running_loop()
     arrived: asyncio.Queue[tuple[T, ...] | None] = asyncio.Queue()  # None: the end
     room = threading.Semaphore(1)
-    left = threading.Event()
+    left = Cancellation()
     failure: BaseException | None = None
 
     def hand_over(item: tuple[T, ...] | None) -> None:
         try:
             loop.call_soon_threadsafe(arrived.put_nowait, item)
         except RuntimeError:  # the loop is closed: nobody waits any more
-            left.set()
+            left.cancel()
 
     def work() -> None:
         nonlocal failure
         try:
-            for item in produce(left.is_set):
-                while not room.acquire(timeout=0.1) and not left.is_set():
-                    pass
-                hand_over((item,))
+            with left.watched(room.release):
+                for item in produce(left):
+                    if not left():
+                        room.acquire()
+                    hand_over((item,))
         except BaseException as error:
             failure = error
         hand_over(None)
@@ -123,7 +126,7 @@ async def from_thread(produce: Callable[[Callable[[], bool]], Iterator[T]]) -> A
                 room.release()
                 yield item
     finally:
-        left.set()
+        left.cancel()
         while items is not None:
             items = await arrived.get()
     if failure is not None:

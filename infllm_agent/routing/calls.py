@@ -3,51 +3,47 @@
 from __future__ import annotations
 
 import errno
-import math
 import sqlite3
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 
 from infllm_agent.errors import BudgetExceeded, Cancelled, SessionFull, StorageError
+from infllm_agent.platform.cancellation import Cancellation
 from infllm_agent.reply import Usage
 from infllm_agent.routing.events import Called, Events, Finished, Piece
 from infllm_agent.routing.requests import Request
-from infllm_agent.routing.session_pool import CancelCheck, OnDivergence, all_or_nothing, desk_of
+from infllm_agent.routing.session_pool import OnDivergence, all_or_nothing, pool_of
 from infllm_agent.routing.turns import Turn
 from infllm_agent.runtime import AgentRuntime
 from infllm_agent.session.session import Session
 
-
-def never() -> bool:
-    """The check of a call that nobody cancels."""
-    return False
+#: Of a call that nobody cancels.
+never = Cancellation()
 
 
 def answer_history(
     runtime: AgentRuntime,
     base: str,
     request: Request,
-    cancelled: CancelCheck,
+    cancelled: Cancellation,
     *,
     on_divergence: OnDivergence = "branch",
     max_branches: int | None = None,
 ) -> Events:
     """Answer a whole history, in the session of the family ``base`` that it continues."""
     turns = [turn._replace(text=runtime.chat.encoder.clean(turn.text)) for turn in request.turns]
-    desk = desk_of(runtime)
-    with desk.by_history(
-        runtime, base, turns, cancelled, on_divergence=on_divergence, max_branches=max_branches
+    with pool_of(runtime).by_history(
+        base, turns, cancelled, on_divergence=on_divergence, max_branches=max_branches
     ) as session:
         yield from _answer(session, replace(request, turns=turns[session.message_count :]), cancelled)
 
 
 def answer_events(
-    runtime: AgentRuntime, name: str, request: Request, cancelled: CancelCheck, *, reply: bool = True
+    runtime: AgentRuntime, name: str, request: Request, cancelled: Cancellation, *, reply: bool = True
 ) -> Events:
     """Append to a session as it stands, and answer, unless ``reply`` says no."""
-    with desk_of(runtime).by_name(runtime, name, cancelled) as session:
+    with pool_of(runtime).by_name(name, cancelled) as session:
         if reply:
             yield from _answer(session, request, cancelled)
         else:
@@ -56,7 +52,7 @@ def answer_events(
             yield Finished(session.name, session.model.name)
 
 
-def _answer(session: Session, request: Request, cancelled: CancelCheck) -> Events:
+def _answer(session: Session, request: Request, cancelled: Cancellation) -> Events:
     """Append messages and answer: pieces of text, calls of tools, then what it took."""
     with _told_when_full(session):
         yield from _written(session, request, cancelled)
@@ -84,7 +80,7 @@ def _told_when_full(session: Session) -> Iterator[None]:
         ) from error
 
 
-def _written(session: Session, request: Request, cancelled: CancelCheck) -> Events:
+def _written(session: Session, request: Request, cancelled: Cancellation) -> Events:
     kept = session.memory.length - session.read_again
     session.read_again = 0
     form = request.form
@@ -119,16 +115,12 @@ def _append(session: Session, turns: Sequence[Turn]) -> None:
 
 
 @contextmanager
-def time_limit(seconds: float | None, cancelled: CancelCheck) -> Iterator[CancelCheck]:
-    """Give a check that also says yes once the time is up, and turn the Cancelled that follows into a TimeoutError."""
-    end = time.monotonic() + (math.inf if seconds is None else seconds)
-
-    def is_over() -> bool:
-        return time.monotonic() > end
-
+def time_limit(seconds: float | None, cancelled: Cancellation) -> Iterator[Cancellation]:
+    """Give a cancellation that also ends the call when its time is up, as a TimeoutError."""
+    limited = Cancellation(cancelled, seconds=seconds)
     try:
-        yield lambda: cancelled() or is_over()
+        yield limited
     except Cancelled as error:
-        if is_over() and not cancelled():
+        if limited.timed_out and not cancelled():
             raise TimeoutError(f"no answer within timeout={seconds} s ({error})") from None
         raise

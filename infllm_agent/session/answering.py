@@ -7,10 +7,11 @@ from collections.abc import Generator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from infllm_agent.chat.tool_format import short_id
+from infllm_agent.chat.call_form import short_id
 from infllm_agent.config import SamplingConfig
 from infllm_agent.errors import Cancelled, ConfigError
-from infllm_agent.generation.grammar import Constraint, Grammars
+from infllm_agent.generation.constraint import Constraint
+from infllm_agent.generation.grammar import Grammars
 from infllm_agent.generation.writer import Writer
 from infllm_agent.memory.trace_recorder import TraceRecorder
 from infllm_agent.messages import Message

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import threading
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
 from typing import Any
@@ -32,12 +32,13 @@ from infllm_agent.integrations.langchain.config import with_session_id
 from infllm_agent.integrations.langchain.messages import history_of
 from infllm_agent.integrations.langchain.structured_output import Method, structured
 from infllm_agent.integrations.langchain.tools import form_of, openai_tool
+from infllm_agent.platform.cancellation import Cancellation
 from infllm_agent.platform.threads import from_thread
 from infllm_agent.routing.calls import answer_history, never, time_limit
 from infllm_agent.routing.families import family, session_name
 from infllm_agent.routing.requests import Form, Request
 from infllm_agent.routing.requests import tool_choice as choose_tool
-from infllm_agent.routing.session_pool import CancelCheck, Desk, OnDivergence, SessionFolder, Sessions, desk_of
+from infllm_agent.routing.session_pool import OnDivergence, delete_stored, pool_of, prune_stored
 from infllm_agent.routing.turns import Turn
 from infllm_agent.runtime import AgentRuntime
 from infllm_agent.storage.session_store import SessionStore
@@ -137,9 +138,9 @@ class ChatInfLLM(BaseChatModel):
         deleted: nobody could find it again. A ``runtime`` that was given stays open.
         """
         if (runtime := self.runtime or self._opened) is not None:
-            desk_of(runtime).delete(runtime, self.anonymous_id, never)
+            pool_of(runtime).delete(self.anonymous_id, never)
             if self.runtime is None:
-                desk_of(runtime).close(runtime, never)
+                pool_of(runtime).close(never)
                 runtime.close()
                 with _opening:
                     _latest[:] = [other for other in _latest if other is not runtime]
@@ -345,7 +346,10 @@ class ChatInfLLM(BaseChatModel):
 
     def prune(self, session_id: str | None = None, *, keep: int = 0) -> list[str]:
         """Delete a session's branches but the ``keep`` used last, and return their names; the session itself stays."""
-        return self._on_desk(lambda desk, runtime: desk.prune(runtime, self._base(session_id), keep))
+        base = self._base(session_id)
+        if (runtime := self._loaded()) is None:
+            return prune_stored(self.root, base, keep)
+        return pool_of(runtime).prune(base, keep)
 
     def delete_session(self, session_id: str | None = None) -> list[str]:
         """Delete a session and its branches, with all that belongs to them, and return their names.
@@ -355,22 +359,23 @@ class ChatInfLLM(BaseChatModel):
         Raises:
             SessionLocked: another process has it open.
         """
-        return self._on_desk(lambda desk, runtime: desk.delete(runtime, self._base(session_id), never))
+        base = self._base(session_id)
+        if (runtime := self._loaded()) is None:
+            return delete_stored(self.root, base)
+        return pool_of(runtime).delete(base, never)
 
     async def adelete_session(self, session_id: str | None = None) -> list[str]:
         return await run_in_executor(None, self.delete_session, session_id)
 
-    def _on_desk(self, act: Callable[[Desk, Sessions], list[str]]) -> list[str]:
+    def _loaded(self) -> AgentRuntime | None:
+        """The runtime that this object would work on, if there is one already."""
         with _opening:
-            runtime = self.runtime or self._opened or _runtimes.get(self._key())
-        if runtime is not None:
-            return act(desk_of(runtime), runtime)
-        return act(Desk(), SessionFolder(self.root))
+            return self.runtime or self._opened or _runtimes.get(self._key())
 
     # -- how -----------------------------------------------------------------------------------------------------------
 
     def _chunks(
-        self, messages: Sequence[BaseMessage], stop: list[str] | None, options: dict[str, Any], cancelled: CancelCheck
+        self, messages: Sequence[BaseMessage], stop: list[str] | None, options: dict[str, Any], cancelled: Cancellation
     ) -> Iterator[ChatGenerationChunk]:
         base = self._base(options.get("session_id"))
         without_id = {name: value for name, value in options.items() if name != "session_id"}

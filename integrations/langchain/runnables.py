@@ -17,11 +17,11 @@ from infllm_agent.integrations.langchain.chat_models import ChatInfLLM
 from infllm_agent.integrations.langchain.chunks import chunks_of
 from infllm_agent.integrations.langchain.config import with_session_id
 from infllm_agent.integrations.langchain.messages import SessionInput, turns_of
+from infllm_agent.platform.cancellation import Cancellation
 from infllm_agent.platform.threads import from_thread
 from infllm_agent.routing.calls import answer_events, never, time_limit
 from infllm_agent.routing.families import session_name
 from infllm_agent.routing.requests import Request
-from infllm_agent.routing.session_pool import CancelCheck
 from infllm_agent.runtime import AgentRuntime
 
 
@@ -103,7 +103,7 @@ class SessionRunnable(RunnableSerializable[SessionInput, AIMessage]):
                     yield cast(AIMessage, chunk.message)
 
     def _chunks(
-        self, input: SessionInput, config: RunnableConfig, options: dict[str, Any], cancelled: CancelCheck
+        self, input: SessionInput, config: RunnableConfig, options: dict[str, Any], cancelled: Cancellation
     ) -> Iterator[ChatGenerationChunk]:
         turns = turns_of(input)
         options = dict(with_session_id(config, options))

@@ -33,9 +33,6 @@ class ServerConfig(Settings):
     nameless: int = Field(
         256, ge=1, description="histories that are kept of calls which name no session; the least recently used go"
     )
-    kept_open: int = Field(
-        16, ge=0, description="sessions that stay open when no call uses them, each with its window and cached blocks"
-    )
     shared: bool = Field(
         False, description="other servers have the same folder of sessions: what they ask for is given to them"
     )

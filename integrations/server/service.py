@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing, contextmanager
@@ -17,11 +16,11 @@ from infllm_agent.integrations.server.disconnect import unless_gone
 from infllm_agent.integrations.server.errors import ApiError
 from infllm_agent.integrations.server.middleware.metrics import RequestMetrics
 from infllm_agent.integrations.server.response_store import KeptResponses, Key
+from infllm_agent.platform.cancellation import Cancellation
 from infllm_agent.platform.threads import from_thread
 from infllm_agent.routing.calls import time_limit
 from infllm_agent.routing.handover import Handover
-from infllm_agent.routing.read_ahead import Reader
-from infllm_agent.routing.session_pool import CancelCheck, desk_of
+from infllm_agent.routing.session_pool import pool_of
 from infllm_agent.runtime import AgentRuntime
 from infllm_agent.storage.catalog import Catalog
 
@@ -40,20 +39,18 @@ class Service:
         self.runtime = runtime
         self.config = config
         self.defaults = defaults
-        self.desk = desk_of(runtime)
-        self.desk.kept_open = config.kept_open
+        self.pool = pool_of(runtime)
         name = runtime.model.name
         self.model = config.served_name or (os.path.basename(os.path.abspath(name)) if os.path.isdir(name) else name)
         self.started = int(time.time())
         self.running = 0
         self.requests: RequestMetrics | None = None
-        self._stopping = threading.Event()
+        self._stopping = Cancellation()
         self.handover = Handover(runtime.root, config.timeout_s) if config.shared else None
         if self.handover is not None:
-            self.desk.share(runtime, self.handover)
+            self.pool.share(self.handover)
         self.responses = KeptResponses(runtime.root)
         self.responses.sweep(self.session_ids)
-        self.reader = Reader(runtime, self.desk, self._stopping.is_set)
 
     @property
     def catalog(self) -> Catalog:
@@ -68,22 +65,21 @@ class Service:
 
     @property
     def stopping(self) -> bool:
-        return self._stopping.is_set()
+        return self._stopping()
 
     def stop(self) -> None:
         """End what is under way at the next chunk or token; it is taken back. May be called more than once."""
-        self._stopping.set()
+        self._stopping.cancel()
 
     def close(self) -> None:
         """``stop``, and commit and close the sessions, once what is under way has ended."""
         self.stop()
-        self.reader.close()
         if self.handover is not None:
             self.handover.close()
-        self.desk.close(self.runtime, lambda: False)
+        self.pool.close(Cancellation())
 
     async def stream(
-        self, produce: Callable[[CancelCheck], Iterator[T]], *, unlimited: bool = False
+        self, produce: Callable[[Cancellation], Iterator[T]], *, unlimited: bool = False
     ) -> AsyncGenerator[T, None]:
         """What ``produce`` yields in a thread of its own, until somebody closes this, or ``stop``.
 
@@ -93,15 +89,15 @@ class Service:
         seconds = None if unlimited else self.config.timeout_s
         with self._place():
 
-            def stoppable(left: CancelCheck) -> Iterator[T]:
-                with time_limit(seconds, lambda: left() or self._stopping.is_set()) as cancelled:
+            def stoppable(left: Cancellation) -> Iterator[T]:
+                with time_limit(seconds, Cancellation(left, self._stopping)) as cancelled:
                     yield from produce(cancelled)
 
             async with aclosing(from_thread(stoppable)) as items:
                 async for item in items:
                     yield item
 
-    async def gather(self, request: Request, produce: Callable[[CancelCheck], Iterator[T]]) -> list[T]:
+    async def gather(self, request: Request, produce: Callable[[Cancellation], Iterator[T]]) -> list[T]:
         """All that ``produce`` yields; it is told to stop if the client leaves."""
 
         async def all_of_it() -> list[T]:
@@ -110,7 +106,7 @@ class Service:
 
         return await unless_gone(request, all_of_it())
 
-    async def do(self, request: Request, act: Callable[[CancelCheck], T]) -> T:
+    async def do(self, request: Request, act: Callable[[Cancellation], T]) -> T:
         """The result of ``act``, in a thread of its own."""
         (result,) = await self.gather(request, lambda cancelled: iter([act(cancelled)]))
         return result

@@ -15,7 +15,7 @@ from infllm_agent.kernels.triton_common import power_of_two
 
 
 def mean_keys(k: Tensor) -> Tensor:
-    """The mean (kv_heads, count, head_dim) float32 of the keys ``k`` (kv_heads, count, block_size, head_dim)."""
+    """Average each block's keys (kv_heads, count, block_size, head_dim) to (kv_heads, count, head_dim) float32."""
     kv_heads, count, size, dim = _checked(k)
     out = torch.empty((kv_heads, count, dim), dtype=torch.float32, device=k.device)
     if count:
@@ -24,8 +24,8 @@ def mean_keys(k: Tensor) -> Tensor:
 
 
 def representative_keys(k: Tensor, queries: Tensor, n_local: int, repr_topk: int) -> Tensor:
-    """The mean of the ``repr_topk`` keys of each block that received the most attention from the ``n_local`` tokens
-    after them (``lookup.representative_scores``).
+    """Average the ``repr_topk`` keys of each block that received the most attention from the ``n_local`` tokens after
+    them.
 
     Args:
         k: (kv_heads, count, block_size, head_dim), the tokens m, m + 1, ...
@@ -78,7 +78,7 @@ def _sizes(size: int, dim: int) -> dict[str, int]:
 
 
 def _warps(size: int, dim: int) -> int:
-    """So many that each thread holds some 32 numbers of a tile."""
+    """Choose the number of warps such that each thread holds some 32 numbers of a tile."""
     return max(1, min(16, power_of_two(size, 1) * power_of_two(dim, 1) // 1024))
 
 

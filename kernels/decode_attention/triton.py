@@ -1,4 +1,4 @@
-"""``decode.decode_attention_plain`` in Triton: keys are read once, where they are, and far ones rotated on the way.
+"""Attention of one decoded token in Triton: keys are read once, where they are, and far ones rotated on the way.
 
 One program takes one key head, with all query heads that share it, and a share of the keys (split-K); a second launch
 merges the shares by their log-sum-exps.
@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from infllm_agent.kernels.attention import Partial
-from infllm_agent.kernels.decode_attention.plain import DecodeKeys, check
+from infllm_agent.kernels.decode_attention.keys import DecodeKeys, check
 from infllm_agent.kernels.triton_common import SHARED_BYTES, configs, interpreted, power_of_two, precision
 
 #: Most shares of the keys.
@@ -35,10 +35,10 @@ NONE, ONE_ANGLE, CONTIGUOUS = 0, 1, 2
 def decode_attention(
     q: Tensor, keys: DecodeKeys, *, scale: float, softcap: float | None = None, splits: int | None = None
 ) -> Partial:
-    """As ``decode_attention_plain``; never waits for the device.
+    """Attend with one token; never waits for the device.
 
     Args:
-        splits: shares of the keys; None: so many that all of the device works.
+        splits: shares of the keys; None: enough for all of the device to work.
     """
     check(q, keys)
     q_heads, dim = q.shape
@@ -107,14 +107,14 @@ def decode_attention(
 
 
 def _splits(kv_heads: int, keys: int, device: torch.device) -> int:
-    """So many that each processor of the device gets two programs, and each program some keys."""
+    """Choose the number of shares: each processor of the device gets two programs, and each program some keys."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
     return max(1, min(MOST_SPLITS, -(-2 * processors // kv_heads), -(-keys // LEAST_KEYS)))
 
 
 @triton.jit
 def _pairs(DIM: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, HALF_PADDED: tl.constexpr):
-    """Which two channels make pair i: those that rotate together; what is left is paired anyhow."""
+    """Pair the channels: those that rotate together make a pair; the others are paired in their order."""
     i = tl.arange(0, HALF_PADDED)
     if INTERLEAVED:
         first = tl.where(i < ROTARY, 2 * i, i + ROTARY)
@@ -142,7 +142,7 @@ def _take(
     q_first, q_second, k_first, k_second, v, there, most, mass, out, scale, softcap,
     SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """One more tile of keys: the softmax so far, as its largest logit, its mass and its output."""
+    """Add a tile of keys to the softmax so far, which is its largest logit, its mass and its output."""
     if WIDEN:
         q_first, q_second = q_first.to(tl.float32), q_second.to(tl.float32)
         k_first, k_second = k_first.to(tl.float32), k_second.to(tl.float32)
@@ -163,12 +163,12 @@ def _take(
 
 
 def shared_bytes(keys: int, dim: int, itemsize: int, stages: int) -> int:
-    """What a program takes; see above."""
+    """Compute the bytes of shared memory that a program takes, as described above."""
     return (stages - 1) * keys * dim * (2 * itemsize + 4) + 16 * (keys * itemsize + dim * 4)
 
 
 def fitting(candidates: list[triton.Config], given: dict[str, Any], **constants: Any) -> list[triton.Config]:
-    """Those of the autotuner's candidates that fit consumer GPUs; the smallest at least."""
+    """Keep those of the autotuner's candidates that fit consumer GPUs; the smallest at least."""
     dim, itemsize = constants["DIM_PADDED"], given["q"].element_size()
     sizes = {
         candidate: shared_bytes(candidate.kwargs["BLOCK_N"], dim, itemsize, candidate.num_stages)
@@ -191,7 +191,7 @@ def _attend_shares(
     POSITIONS: tl.constexpr, FAR_DISTANCE: tl.constexpr, SOFTCAP: tl.constexpr, SPLITS: tl.constexpr,
     PRECISION: tl.constexpr, WIDEN: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One share of the keys of one key head."""
+    """Attend to one share of the keys of one key head."""
     head = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     n_sinks, n_blocks = tl.load(bounds), tl.load(bounds + 1)
@@ -321,7 +321,7 @@ def _merge_shares(
     shares, share_lse, out, lse,
     DIM: tl.constexpr, DIM_PADDED: tl.constexpr, SPLITS: tl.constexpr, SPLITS_PADDED: tl.constexpr,
 ):  # fmt: skip
-    """One softmax over all shares of one query head."""
+    """Merge all shares of one query head into one softmax."""
     head = tl.program_id(0)
     split = tl.arange(0, SPLITS_PADDED)
     channels = tl.arange(0, DIM_PADDED)[None, :]

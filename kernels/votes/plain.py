@@ -1,9 +1,6 @@
-"""Which blocks do a chunk's queries ask for? The scores of a lookup, coarse and exact, in plain torch.
+"""The scores of a lookup, coarse and exact, in plain torch.
 
-Keys may be of any precision; scores are computed in float32, but where it is said otherwise.
-
-Positions play no part: queries and keys come without rotary embedding. Each function is checked against
-``kernels.reference``.
+Keys may be of any precision; scores are computed in float32, except where another precision is named.
 """
 
 from __future__ import annotations
@@ -11,38 +8,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-#: Block keys that are worked on at once where there are many: so few that all that is made of them stays in the cache.
+#: Block keys that are worked on at once where there are many: few enough for all that is made of them to stay in the
+#: processor's cache.
 SLAB = 1024
-#: Below so many queries the product with all keys is faster the other way round.
+#: With fewer queries the product with all keys is faster the other way round.
 FEW = 16
 
 
-def representative_scores(k: Tensor, queries: Tensor, n_local: int) -> Tensor:
-    """How much attention each of some tokens received from the ``n_local`` tokens after it (InfLLM, eq. 3).
-
-        r_m = 1/l Σ_{j=1..l} q_{m+j} · k_m
-
-    A running sum over the queries gives every r_m with one dot product.
-
-    Args:
-        k: (kv_heads, size, head_dim), the tokens m, m + 1, ...
-        queries: (kv_heads, ≥ size + n_local, head_dim), the queries of m, m + 1, ... averaged over the heads
-            that share a key head.
-
-    Returns:
-        (kv_heads, size) float32.
-    """
-    size = k.shape[1]
-    queries = queries[:, : size + n_local].float()
-    running = queries[:, n_local:] - queries[:, :size]  # as m moves on, one query enters the sum and one leaves
-    first_sum = queries[:, :n_local].sum(dim=1, keepdim=True)
-    # Σ_{j=1..l} q_{m+j} for m = 0, 1, ...: entering q_{m+l}, leaving q_m.
-    sums = first_sum + running.cumsum(dim=1)
-    return (sums * k.float()).sum(dim=-1) / n_local
-
-
 def similarity(q: Tensor, block_keys: Tensor) -> Tensor:
-    """Every query and head summed raw (InfLLM, eq. 2): sim(X, B) = Σ_i Σ_j q_i · k_{r_j}.
+    """Sum every query and head raw (InfLLM, eq. 2): sim(X, B) = Σ_i Σ_j q_i · k_{r_j}.
 
     Both sums are linear: the chunk's mean query times each block's mean representative.
 
@@ -59,8 +33,11 @@ def similarity(q: Tensor, block_keys: Tensor) -> Tensor:
 
 
 def voters(q: Tensor, most: int) -> Tensor:
-    """At most ``most`` queries (q_heads, ≤ most, head_dim) float32 that stand for a chunk's (q_heads, n, head_dim):
-    runs of neighbours, averaged."""
+    """Average runs of neighbouring queries (q_heads, n, head_dim), so that at most ``most`` stand for a chunk.
+
+    Returns:
+        (q_heads, ≤ most, head_dim) float32.
+    """
     heads, n, head_dim = q.shape
     run = -(-n // most)
     q = q.float()
@@ -72,7 +49,7 @@ def voters(q: Tensor, most: int) -> Tensor:
 
 
 def votes(q: Tensor, block_keys: Tensor, scale: float) -> Tensor:
-    """Each query of each head has one vote, which a softmax divides among the blocks.
+    """Divide one vote of each query of each head among the blocks, by a softmax.
 
     Summed raw, a few heads with long keys would decide alone (TokenSelect, arXiv 2411.02886).
 
@@ -91,7 +68,7 @@ def votes(q: Tensor, block_keys: Tensor, scale: float) -> Tensor:
 
 
 def votes_among(q: Tensor, block_keys: Tensor, others: Tensor, scale: float) -> Tensor:
-    """``votes`` for some of all blocks: the rest of each vote goes to others, whose scores nobody wants.
+    """Divide votes among some of all blocks: the rest of each vote goes to the others, whose scores nobody wants.
 
     Args:
         q, block_keys, scale: as for ``votes``.
@@ -109,7 +86,7 @@ def votes_among(q: Tensor, block_keys: Tensor, others: Tensor, scale: float) -> 
 
 
 def cell_shares(q: Tensor, centres: Tensor, sizes: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """How each query divides its vote among cells of blocks, if every key lay at the centre of its cell.
+    """Divide each query's vote among cells of blocks, as if every key lay at the centre of its cell.
 
     Args:
         q: (q_heads, n, head_dim) float32.
@@ -128,12 +105,12 @@ def cell_shares(q: Tensor, centres: Tensor, sizes: Tensor, scale: float) -> tupl
 
 
 def cell_sizes(cells: Tensor, count: int) -> Tensor:
-    """How many blocks are in each of ``count`` cells: (kv_heads, count), from the cells (kv_heads, blocks) int64."""
+    """Count the blocks in each of ``count`` cells: (kv_heads, count), from the cells (kv_heads, blocks) int64."""
     return torch.stack([torch.bincount(head, minlength=count) for head in cells])
 
 
 def attention_mass(q: Tensor, keys: Tensor, scale: float) -> Tensor:
-    """As ``votes``, with all keys of each block: its share of the attention that goes to these blocks.
+    """Divide votes among blocks by all their keys: each block's share of the attention that goes to these blocks.
 
     Logits are computed in the keys' precision, as the model computes them: in bfloat16 in half the time of float32, and
     the blocks that are then chosen have the same attention mass to four digits.
@@ -158,5 +135,5 @@ def attention_mass(q: Tensor, keys: Tensor, scale: float) -> Tensor:
 
 
 def _by_kv_head(q: Tensor, kv_heads: int, scale: float) -> Tensor:
-    """Scaled queries (kv_heads, queries of all heads that share a key head, head_dim)."""
+    """Scale queries and sort them by key head: (kv_heads, queries of all heads that share a key head, head_dim)."""
     return (q * scale).reshape(kv_heads, -1, q.shape[-1])

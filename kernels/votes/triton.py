@@ -1,4 +1,4 @@
-"""``lookup.votes`` and ``lookup.votes_among`` in Triton, over keys where they lie.
+"""Votes in Triton, over keys where they lie.
 
 Two passes over the keys: the first finds how large the softmax of each query is, the second divides the votes. No
 array of queries times blocks is ever stored, and sums are in a fixed order, so that results repeat to the bit.
@@ -26,7 +26,7 @@ CONFIGS = configs("BLOCK_N", (64, 4, 1), (32, 4, 1), (32, 4, 2), (128, 4, 1), (1
 
 
 def votes(q: Tensor, keys: Tensor, scale: float, others: Tensor | None = None, chosen: Tensor | None = None) -> Tensor:
-    """Each query of each head has one vote, which a softmax divides among keys; never waits for the device.
+    """Divide one vote of each query of each head among keys, by a softmax; never waits for the device.
 
     Args:
         q: (q_heads, n, head_dim) float32.
@@ -83,7 +83,7 @@ def _logits(
     q, keys, which, row, column, head, count, scale, key_stride, head_stride,
     QUERIES: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, CHOSEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """scale · q·k of some queries and keys; -inf where there is no key."""
+    """Compute scale · q·k of some queries and keys; -inf where there is no key."""
     channels = tl.arange(0, DIM_PADDED)[None, :]
     there = column < count
     block = tl.load(which + column, mask=there, other=0) if CHOSEN else column
@@ -102,7 +102,7 @@ def _sizes(
     QUERIES: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr,
     CHOSEN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """log Σ exp of one part of the keys, for some queries of one key head."""
+    """Compute log Σ exp over one part of the keys, for some queries of one key head."""
     head, part = tl.program_id(0), tl.program_id(1)
     row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
     most = tl.full([ROWS], -float("inf"), dtype=tl.float32)
@@ -127,7 +127,7 @@ def _divide(
     KV_HEADS: tl.constexpr, QUERIES: tl.constexpr, DIM: tl.constexpr, DIM_PADDED: tl.constexpr, ROWS: tl.constexpr,
     CHOSEN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """What some keys get of all votes."""
+    """Sum up what some keys get of all votes."""
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     score = tl.zeros([BLOCK_N], dtype=tl.float32)
     for head in range(KV_HEADS):

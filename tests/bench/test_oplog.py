@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from infllm_agent.bench.oplog import SYSTEM, Event, Log, generate, matches
+from infllm_agent.bench.oplog import SYSTEM, Event, OperationsLog, generate, matches
 
 
 def count_words(event: Event) -> int:
@@ -12,7 +12,7 @@ def count_words(event: Event) -> int:
 
 
 @pytest.fixture(scope="module", params=[0, 7, 11])
-def log(request: pytest.FixtureRequest) -> Log:
+def log(request: pytest.FixtureRequest) -> OperationsLog:
     return generate(request.param, 26_000, count_words)
 
 

@@ -20,7 +20,7 @@ from infllm_agent.bench.retrieval.haystack import Haystack, Question, Stretch
 from infllm_agent.bench.retrieval.methods import METHODS, Method, Needs, prepare
 from infllm_agent.bench.retrieval.rag import CHUNK, RagReader
 from infllm_agent.bench.retrieval.readers import FullContext, Reader, TruncatedReader, WholeReader
-from infllm_agent.bench.retrieval.run import Plan, measure, run
+from infllm_agent.bench.retrieval.run import RetrievalPlan, measure, run
 from infllm_agent.config import MemoryConfig
 from infllm_agent.errors import ConfigError, StorageError
 from infllm_agent.model.local_model import LocalModel
@@ -278,7 +278,7 @@ def test_every_method_on_the_packaged_model(smollm2_path: str) -> None:
     """A pass key outside the window: found by the memory, by full attention and by words; not by who cannot see it."""
     model = LocalModel.load(smollm2_path, device="cpu")
     config = MemoryConfig(n_init=32, n_local=128, block_size=32, topk=4, chunk_size=128)
-    rows = run(model, config, Plan(("passkey",), (1000,), tuple(METHODS), contexts=1))
+    rows = run(model, config, RetrievalPlan(("passkey",), (1000,), tuple(METHODS), contexts=1))
     correct = {row["method"]: row["correct"] for row in rows}
     assert correct["infllm"] == correct["full"] == correct["rag"] == 1
     assert correct["streaming"] == correct["truncate"] == 0

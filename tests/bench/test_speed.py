@@ -17,7 +17,7 @@ from infllm_agent.bench.retrieval.readers import FullContext, MemoryContext
 from infllm_agent.bench.speed.cost import Cost, Weights, shares
 from infllm_agent.bench.speed.fill import fill
 from infllm_agent.bench.speed.phases import PHASES, Phases
-from infllm_agent.bench.speed.run import Plan, run
+from infllm_agent.bench.speed.run import SpeedPlan, run
 from infllm_agent.bench.speed.systems import FilledContext
 from infllm_agent.blocks.segments import BlockFiles
 from infllm_agent.config import MemoryConfig, SamplingConfig
@@ -147,7 +147,7 @@ def test_a_system_that_is_not_installed_is_skipped_in_one_line(
 def test_what_does_not_fit_is_skipped(cli: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     fast(monkeypatch)
     lines: list[str] = []
-    plan = Plan(str(cli.model), (300, 1000), ("infllm", "plain"), SMALL, "cpu", "float32", 200, apart=False)
+    plan = SpeedPlan(str(cli.model), (300, 1000), ("infllm", "plain"), SMALL, "cpu", "float32", 200, apart=False)
     room = {"bytes": 10**9}
     monkeypatch.setattr("infllm_agent.bench.speed.systems.available_bytes", lambda device: room["bytes"])
     assert len(run(plan)["rows"]) == 4

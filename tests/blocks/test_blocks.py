@@ -19,7 +19,7 @@ from infllm_agent.blocks.layout import CRC_BYTES, BlockShape
 from infllm_agent.blocks.segments import PAGE, SEGMENT_BLOCKS, BlockFiles, Marks, segment_path
 from infllm_agent.blocks.store import BlockStore
 from infllm_agent.errors import CorruptSession
-from infllm_agent.kernels.reference import rounded
+from infllm_agent.kernels.int8 import rounded
 
 CacheAgainstDict.TestCase.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
 TestCache = CacheAgainstDict.TestCase

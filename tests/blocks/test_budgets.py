@@ -21,8 +21,7 @@ from infllm_agent.blocks.budgets import Tiers
 from infllm_agent.blocks.host_cache import Blocks, HostCache, SlotTable
 from infllm_agent.config import RuntimeConfig
 from infllm_agent.errors import BudgetExceeded, ConfigError, CorruptSession, StorageError
-from infllm_agent.kernels.int8 import dequantize, quantize
-from infllm_agent.kernels.reference import rounded
+from infllm_agent.kernels.int8 import dequantize, quantize, rounded
 from infllm_agent.model.local_model import LocalModel
 from infllm_agent.platform.files import folder_bytes
 from infllm_agent.storage.session_store import SessionStore

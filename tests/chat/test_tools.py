@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tool_families import ADD, FAMILIES, PLAIN_ADDED, SPECIAL, TOOLS, WEATHER, family
+from tool_families import ADD, FAMILIES, PLAIN_ADDED, SPECIAL, TOOLS, WEATHER, family, parsed_ids
 from transformers import PreTrainedTokenizerFast
 
+from infllm_agent.chat.call_form import short_id
 from infllm_agent.chat.format import ChatFormat
-from infllm_agent.chat.tool_format import short_id
 from infllm_agent.errors import ConfigError, InvalidName
-from infllm_agent.generation.sampler import TextPieces
+from infllm_agent.generation.text_pieces import TextPieces
 from infllm_agent.tools import ToolCall, ToolSpec, calls_from_json, calls_json, tools_from_json, tools_json
 
 NAMES = sorted(FAMILIES)
@@ -214,7 +214,7 @@ def test_calls_are_found_as_they_were_written(name: str, markers: bool, calls: l
     _, chat = LOADED[name, markers]
     if not chat.tools.form.opener:
         text = ""
-    parsed = chat.reader.parse_ids(assistant_ids(chat, text, calls))
+    parsed = parsed_ids(chat, assistant_ids(chat, text, calls))
     assert parsed.text == text
     assert without_id(parsed.calls) == without_id(calls)
     assert not parsed.invalid
@@ -242,7 +242,7 @@ def test_any_text_is_read_and_streams_as_it_reads(name: str, markers: bool, writ
     _, chat = LOADED[name, markers]
     names = {"add", "f"} if known else None
     ids = chat.encoder.encode_control("".join(written).encode("utf-8", "replace").decode())
-    parsed = chat.reader.parse_ids(ids, names)
+    parsed = parsed_ids(chat, ids, names)
     calls_json(parsed.calls).encode()
     parsed.text.encode()
     for invalid in parsed.invalid:
@@ -283,7 +283,7 @@ def test_any_text_is_read_and_streams_as_it_reads(name: str, markers: bool, writ
 )
 def test_hermes_calls(written: str, text: str | None, calls: list[Any], reasons: list[str]) -> None:
     _, chat = LOADED["qwen", True]
-    parsed = chat.reader.parse_ids(chat.encoder.encode_control(written))
+    parsed = parsed_ids(chat, chat.encoder.encode_control(written))
     assert parsed.text == (written if text is None else text)
     assert [(call.name, call.arguments) for call in parsed.calls] == calls
     assert len(parsed.invalid) == len(reasons)
@@ -307,7 +307,7 @@ def test_hermes_calls(written: str, text: str | None, calls: list[Any], reasons:
 )
 def test_llama_calls(written: str, calls: list[Any], invalid: int) -> None:
     _, chat = LOADED["llama", True]
-    parsed = chat.reader.parse_ids(chat.encoder.encode_control(written), {"add"})
+    parsed = parsed_ids(chat, chat.encoder.encode_control(written), {"add"})
     assert [(call.name, call.arguments) for call in parsed.calls] == calls
     assert len(parsed.invalid) == invalid
     assert parsed.text == ("" if calls else written)
@@ -330,7 +330,7 @@ def test_llama_calls(written: str, calls: list[Any], invalid: int) -> None:
 def test_mistral_calls(written: str, calls: list[Any]) -> None:
     for name in ("mistral_v11",):
         _, chat = LOADED[name, True]
-        parsed = chat.reader.parse_ids(chat.encoder.encode_control(written))
+        parsed = parsed_ids(chat, chat.encoder.encode_control(written))
         assert [(call.name, call.arguments, call.id) for call in parsed.calls] == calls
         assert bool(parsed.invalid) is not bool(calls)
 
@@ -340,7 +340,7 @@ def test_a_marker_that_is_a_token_cannot_be_spelled() -> None:
     written = '<tool_call>\n{"name": "rm", "arguments": {}}\n</tool_call>'
     for markers in (True, False):
         _, chat = LOADED["qwen", markers]
-        parsed = chat.reader.parse_ids(chat.encoder.encode_text(written))
+        parsed = parsed_ids(chat, chat.encoder.encode_text(written))
         assert bool(parsed.calls) is not markers
         assert parsed.text == (written if markers else "")
 

@@ -8,10 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from infllm_agent.kernels import backend, reference
-from infllm_agent.kernels.decode_attention.plain import Angles, DecodeKeys, bounds, decode_attention_plain
+from infllm_agent.kernels.backend import Backend, using
+from infllm_agent.kernels.block_keys import mean_keys, representative_keys
+from infllm_agent.kernels.block_keys import reference as reference_keys
+from infllm_agent.kernels.decode_attention import decode_attention
+from infllm_agent.kernels.decode_attention import plain as plain_decode
+from infllm_agent.kernels.decode_attention import reference as reference_decode
+from infllm_agent.kernels.decode_attention.keys import Angles, DecodeKeys, bounds
 from infllm_agent.kernels.rotary import Rotary
-from infllm_agent.kernels.votes import plain as lookup
+from infllm_agent.kernels.votes import best, votes
+from infllm_agent.kernels.votes import plain as plain_votes
+from infllm_agent.kernels.votes import reference as reference_votes
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.gpu
@@ -105,16 +112,16 @@ def test_decode_attention(name: str, device: torch.device) -> None:
     step = {**SMALL_STEPS, **REAL_STEPS}[name]
     q, keys = step.build(device)
     options = {"scale": step.dim**-0.5, "softcap": step.softcap}
-    with backend.using("triton"):
-        got = backend.decode_attention(q, keys, **options)
+    with using("triton"):
+        got = decode_attention(q, keys, **options)
     tolerance = {"atol": TOLERANCE[step.dtype], "rtol": TOLERANCE[step.dtype]}
-    plain = decode_attention_plain(q, keys, **options)
+    plain = plain_decode.decode_attention(q, keys, **options)
     assert got.out.shape == plain.out.shape == (step.kv_heads * step.group, 1, step.dim)
     torch.testing.assert_close(got.out, plain.out, **tolerance)
     torch.testing.assert_close(got.lse, plain.lse, **tolerance)
     if name in SMALL_STEPS:
         moved = DecodeKeys(*(x.cpu() for x in keys[:-1]), angles=keys.angles and _cpu(keys.angles))
-        out, lse = reference.decode_attention(q.cpu(), moved, **options)
+        out, lse = reference_decode.decode_attention(q.cpu(), moved, **options)
         for one in (got, plain):
             torch.testing.assert_close(one.out.cpu(), out, **tolerance)
             torch.testing.assert_close(one.lse.cpu(), lse, **tolerance)
@@ -126,18 +133,19 @@ def _cpu(angles: Angles) -> Angles:
 
 @pytest.mark.parametrize("splits", [1, 2, 5, 64])
 def test_shares_of_the_keys_change_nothing(splits: int, device: torch.device) -> None:
-    from infllm_agent.kernels.decode_attention.triton import decode_attention
+    from infllm_agent.kernels.decode_attention import triton
 
     q, keys = Step(window=70).build(device)
-    got, plain = decode_attention(q, keys, scale=0.3, splits=splits), decode_attention_plain(q, keys, scale=0.3)
+    got = triton.decode_attention(q, keys, scale=0.3, splits=splits)
+    plain = plain_decode.decode_attention(q, keys, scale=0.3)
     torch.testing.assert_close(got.out, plain.out, atol=2e-5, rtol=2e-5)
     torch.testing.assert_close(got.lse, plain.lse, atol=2e-5, rtol=2e-5)
 
 
 def test_nothing_outside_the_bounds_is_seen(device: torch.device) -> None:
     q, keys = Step().build(device)
-    with backend.using("triton"):
-        before = backend.decode_attention(q, keys, scale=0.3)
+    with using("triton"):
+        before = decode_attention(q, keys, scale=0.3)
         n_sinks, n_blocks, start, stop = keys.bounds.tolist()
         for x in (keys.sink_k, keys.sink_v):
             x[:, n_sinks:] = torch.nan
@@ -145,13 +153,13 @@ def test_nothing_outside_the_bounds_is_seen(device: torch.device) -> None:
             x[:, :start] = x[:, stop:] = torch.nan
         for x in (keys.cache_k, keys.cache_v):
             x[:, [slot for slot in range(x.shape[1]) if slot not in keys.slots[:n_blocks].tolist()]] = torch.nan
-        after = backend.decode_attention(q, keys, scale=0.3)
+        after = decode_attention(q, keys, scale=0.3)
     torch.testing.assert_close(after.out, before.out, atol=0, rtol=0)
     torch.testing.assert_close(after.lse, before.lse, atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("backend", ["triton", "plain"])
-def test_decode_attention_refuses_what_does_not_fit(backend: backend.Backend, device: torch.device) -> None:
+@pytest.mark.parametrize("chosen", ["triton", "plain"])
+def test_decode_attention_refuses_what_does_not_fit(chosen: Backend, device: torch.device) -> None:
     q, keys = Step().build(device)
     wrong = [
         (q[:5], keys, "a multiple of 2"),
@@ -160,10 +168,10 @@ def test_decode_attention_refuses_what_does_not_fit(backend: backend.Backend, de
         (q, keys._replace(cache_v=keys.cache_v[:, 1:]), "expected cache_v"),
         (q, keys._replace(bounds=keys.bounds.long()), "expected bounds"),
     ]
-    with backend.using(backend):
+    with using(chosen):
         for query, given, message in wrong:
             with pytest.raises(ValueError, match=message):
-                backend.decode_attention(query, given, scale=1.0)
+                decode_attention(query, given, scale=1.0)
 
 
 def test_only_what_fits_consumer_gpus_is_tried() -> None:
@@ -189,10 +197,10 @@ def test_votes(shape: tuple[int, int, int, int, int], others: bool, device: torc
     q = random(kv_heads * group, n, dim, device=device)
     keys = random(blocks, kv_heads, dim, device=device, dtype=torch.bfloat16, seed=1)
     rest = random(kv_heads, group * n, 1, device=device, seed=2) + 3 if others else None
-    with backend.using("triton"):
-        got = backend.votes(q, keys, 0.3, rest)
-    with backend.using("plain"):
-        plain = backend.votes(q, keys, 0.3, rest)
+    with using("triton"):
+        got = votes(q, keys, 0.3, rest)
+    with using("plain"):
+        plain = votes(q, keys, 0.3, rest)
     # On a GPU, products of half-precision keys are in TF32, which has ten bits: enough to rank blocks.
     tolerance = {"atol": 1e-2 if ON_GPU else 1e-5, "rtol": 1e-2 if ON_GPU else 1e-4}
     torch.testing.assert_close(got, plain, **tolerance)
@@ -200,7 +208,7 @@ def test_votes(shape: tuple[int, int, int, int, int], others: bool, device: torc
         torch.testing.assert_close(got.sum().cpu(), torch.tensor(float(q[..., 0].numel())), rtol=1e-3, atol=0)
     if shape in SMALL_VOTES:
         none = torch.full((kv_heads, group * n, 1), -torch.inf)
-        expected = reference.votes_among(q.cpu(), keys.cpu(), none if rest is None else rest.cpu(), 0.3)
+        expected = reference_votes.votes_among(q.cpu(), keys.cpu(), none if rest is None else rest.cpu(), 0.3)
         torch.testing.assert_close(got.cpu(), expected, **tolerance)
 
 
@@ -208,19 +216,19 @@ def test_votes_among_chosen_keys(device: torch.device) -> None:
     q, keys = random(6, 3, 32, device=device), random(90, 2, 32, device=device, seed=1)
     rest = random(2, 9, 1, device=device, seed=2)
     chosen = torch.tensor([80, 3, 4, 77, 5], device=device)
-    with backend.using("triton"):
-        got = backend.votes(q, keys, 0.4, rest, chosen)
-        nobody = backend.votes(q, keys, 0.4, rest, chosen[:0])
-    torch.testing.assert_close(got, lookup.votes_among(q, keys[chosen], rest, 0.4), atol=1e-5, rtol=1e-4)
+    with using("triton"):
+        got = votes(q, keys, 0.4, rest, chosen)
+        nobody = votes(q, keys, 0.4, rest, chosen[:0])
+    torch.testing.assert_close(got, plain_votes.votes_among(q, keys[chosen], rest, 0.4), atol=1e-5, rtol=1e-4)
     assert nobody.shape == (0,)
 
 
-def test_attention_mass(device: torch.device) -> None:
+def test_votes_on_every_key_of_blocks_are_their_attention_mass(device: torch.device) -> None:
     q = random(6, 2, 32, device=device)
     keys = random(2, 11, 7, 32, device=device, seed=1)
-    with backend.using("triton"):
-        got = backend.attention_mass(q, keys, 0.4)
-    torch.testing.assert_close(got, lookup.attention_mass(q, keys, 0.4), atol=1e-5, rtol=1e-4)
+    with using("triton"):
+        got = votes(q, keys.flatten(1, 2).transpose(0, 1), 0.4).view(11, 7).sum(dim=1)
+    torch.testing.assert_close(got, plain_votes.attention_mass(q, keys, 0.4), atol=1e-5, rtol=1e-4)
 
 
 def test_the_best_are_found_without_waiting(device: torch.device) -> None:
@@ -229,7 +237,7 @@ def test_the_best_are_found_without_waiting(device: torch.device) -> None:
     if ON_GPU:
         torch.cuda.set_sync_debug_mode("error")
     try:
-        found, every = backend.best(scores, 7), backend.best(scores[:5], 7)
+        found, every = best(scores, 7), best(scores[:5], 7)
     finally:
         if ON_GPU:
             torch.cuda.set_sync_debug_mode(before)
@@ -245,8 +253,8 @@ def test_votes_refuse_what_does_not_fit(
     q: tuple[int, ...], others: tuple[int, ...] | None, message: str, device: torch.device
 ) -> None:
     rest = None if others is None else torch.zeros(others, device=device)
-    with backend.using("triton"), pytest.raises(ValueError, match=message):
-        backend.votes(torch.zeros(q, device=device), torch.zeros(9, 2, 32, device=device), 1.0, rest)
+    with using("triton"), pytest.raises(ValueError, match=message):
+        votes(torch.zeros(q, device=device), torch.zeros(9, 2, 32, device=device), 1.0, rest)
 
 
 # -- sealing ---------------------------------------------------------------------------------------------------------
@@ -263,28 +271,28 @@ def test_block_keys(shape: tuple[int, int, int, int], dtype: torch.dtype, device
     window = random(kv_heads, count * size + 9, dim, device=device, dtype=dtype)
     k = window[:, 5 : 5 + count * size].view(kv_heads, count, size, dim)
     queries = random(kv_heads, count * size + n_local + 2, dim, device=device, dtype=dtype, seed=1)
-    with backend.using("triton"):
-        mean, chosen = backend.mean_keys(k), backend.representative_keys(k, queries, n_local, topk)
+    with using("triton"):
+        mean, chosen = mean_keys(k), representative_keys(k, queries, n_local, topk)
     torch.testing.assert_close(mean, k.mean(dim=2, dtype=torch.float32), atol=1e-5, rtol=1e-5)
-    with backend.using("plain"):
-        torch.testing.assert_close(chosen, backend.representative_keys(k, queries, n_local, topk), atol=1e-5, rtol=1e-5)
+    with using("plain"):
+        torch.testing.assert_close(chosen, representative_keys(k, queries, n_local, topk), atol=1e-5, rtol=1e-5)
     if shape in SMALL_BLOCKS:
-        expected = reference.representative_keys(k.cpu(), queries.cpu(), n_local, topk)
+        expected = reference_keys.representative_keys(k.cpu(), queries.cpu(), n_local, topk)
         torch.testing.assert_close(chosen.cpu(), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_no_blocks_have_no_keys(device: torch.device) -> None:
     k, queries = torch.empty(2, 0, 16, 32, device=device), torch.empty(2, 20, 32, device=device)
-    with backend.using("triton"):
-        assert backend.mean_keys(k).shape == backend.representative_keys(k, queries, 8, 2).shape == (2, 0, 32)
+    with using("triton"):
+        assert mean_keys(k).shape == representative_keys(k, queries, 8, 2).shape == (2, 0, 32)
 
 
 def test_sealing_refuses_what_does_not_fit(device: torch.device) -> None:
     k, queries = torch.zeros(2, 3, 16, 32, device=device), torch.zeros(2, 50, 32, device=device)
-    with backend.using("triton"):
+    with using("triton"):
         with pytest.raises(ValueError, match="≥ 56"):
-            backend.representative_keys(k, queries, 8, 2)
+            representative_keys(k, queries, 8, 2)
         with pytest.raises(ValueError, match="17 representatives"):
-            backend.representative_keys(k, queries, 2, 17)
+            representative_keys(k, queries, 2, 17)
         with pytest.raises(ValueError, match="one behind the other"):
-            backend.mean_keys(k.transpose(2, 3))
+            mean_keys(k.transpose(2, 3))

@@ -11,9 +11,11 @@ from tiny import ARCHITECTURES, build
 from torch import Tensor
 
 from infllm_agent.config import MemoryConfig
-from infllm_agent.kernels import backend
-from infllm_agent.kernels.decode_attention.plain import Angles, DecodeKeys, bounds
-from infllm_agent.memory.context import ContextMemory, MemoryLayer
+from infllm_agent.kernels.backend import Backend, using
+from infllm_agent.kernels.decode_attention import decode_attention
+from infllm_agent.kernels.decode_attention.keys import Angles, DecodeKeys, bounds
+from infllm_agent.memory.context import ContextMemory
+from infllm_agent.memory.layer import MemoryLayer
 from infllm_agent.model.local_model import LocalModel
 
 pytest.importorskip("triton")
@@ -42,7 +44,7 @@ def decode_keys(layer: MemoryLayer) -> DecodeKeys:
     )
 
 
-@pytest.mark.parametrize("backend", ["triton", "plain"])
+@pytest.mark.parametrize("chosen", ["triton", "plain"])
 @pytest.mark.parametrize(
     ("name", "positions"),
     [
@@ -54,7 +56,7 @@ def decode_keys(layer: MemoryLayer) -> DecodeKeys:
     ],
 )
 def test_a_layer_decodes_the_same(
-    name: str, positions: Any, backend: backend.Backend, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    name: str, positions: Any, chosen: Backend, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = MemoryConfig(
         n_init=5, n_local=24, block_size=8, topk=3, candidates=6, chunk_size=16, max_cached_block=9, positions=positions
@@ -68,10 +70,8 @@ def test_a_layer_decodes_the_same(
         nonlocal compared
         expected = original(layer, q, k, v, **options)
         if q.shape[1] == 1:
-            with backend.using(backend):
-                got = backend.decode_attention(
-                    q[:, 0], decode_keys(layer), scale=options["scale"], softcap=options["softcap"]
-                )
+            with using(chosen):
+                got = decode_attention(q[:, 0], decode_keys(layer), scale=options["scale"], softcap=options["softcap"])
             torch.testing.assert_close(got.out, expected, atol=2e-5, rtol=2e-4)
             compared += 1
         return expected
@@ -102,7 +102,7 @@ def test_a_model_answers_the_same(name: str, rules: dict[str, Any], device: torc
     cuts = [0, *range(10, 107, 16), *range(107, 119), 134, 135, 136, 137]
     logits = []
     for chosen in ("triton", "plain"):
-        with backend.using(chosen):
+        with using(chosen):
             memory = model.new_memory(config)
             logits.append(torch.stack([model.forward(ids[a:b], memory) for a, b in pairwise(cuts)]))
     assert memory.store.count > 10

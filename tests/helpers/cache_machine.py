@@ -7,8 +7,8 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from infllm_agent.blocks.device_cache import BlockCache
 from infllm_agent.blocks.layout import BlockShape
-from infllm_agent.blocks.store import BlockCache
 from infllm_agent.errors import CorruptSession
 
 SHAPE = BlockShape(layers=2, kv_heads=2, block_size=4, head_dim=8, dtype="float32")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from datetime import datetime
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from infllm_agent.chat.call_reader import CodedStream, Parsed
 from infllm_agent.chat.format import ChatFormat
 from infllm_agent.tools import ToolSpec
 
@@ -170,3 +172,9 @@ def family(name: str, *, markers: bool = True) -> tuple[PreTrainedTokenizerFast,
     template, bos, eos, _ = FAMILIES[name]
     tokenizer = tokenizer_of(template, bos=bos, eos=eos, markers=markers)
     return tokenizer, ChatFormat(tokenizer, clock=lambda: datetime(2031, 3, 5))
+
+
+def parsed_ids(chat: ChatFormat, ids: Iterable[int], names: Collection[str] | None = None) -> Parsed:
+    """Read the calls of a whole answer, given as generated ids."""
+    stream = CodedStream(chat.encoder.backend, chat.reader.codes)
+    return chat.reader.parse("".join(map(stream.step, ids)), names)

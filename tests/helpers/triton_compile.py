@@ -10,7 +10,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from infllm_agent.kernels.block_keys import triton as triton_seal
+from infllm_agent.kernels.block_keys import triton as triton_keys
 from infllm_agent.kernels.decode_attention import triton as triton_decode
 from infllm_agent.kernels.triton_common import SHARED_BYTES
 from infllm_agent.kernels.votes import triton as triton_votes
@@ -86,10 +86,10 @@ def main() -> None:
     merge = {**HEAD, "SPLITS": 64, "SPLITS_PADDED": 64}
     taken["_merge_shares"] = compiled(triton_decode._merge_shares, merge, warps=4, stages=3)
     for size in (16, 128):
-        block, warps = {**HEAD, "SIZE": size, "SIZE_PADDED": size}, triton_seal._warps(size, 128)
-        taken[f"_mean of {size}"] = compiled(triton_seal._mean, block, warps=warps, stages=3, out="*fp32")
+        block, warps = {**HEAD, "SIZE": size, "SIZE_PADDED": size}, triton_keys._warps(size, 128)
+        taken[f"_mean of {size}"] = compiled(triton_keys._mean, block, warps=warps, stages=3, out="*fp32")
         taken[f"_representatives of {size}"] = compiled(
-            triton_seal._representatives, {**block, "TOPK": 4}, warps=warps, stages=3, out="*fp32"
+            triton_keys._representatives, {**block, "TOPK": 4}, warps=warps, stages=3, out="*fp32"
         )
     print(json.dumps({"limit": SHARED_BYTES, "taken": taken, "bound": bound}))
 

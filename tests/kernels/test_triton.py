@@ -17,6 +17,7 @@ import torch
 from infllm_agent.kernels import backend
 
 TESTS = Path(__file__).parents[1]
+COMPILE = str(TESTS / "helpers" / "triton_compile.py")
 
 pytest.importorskip("triton")
 
@@ -45,9 +46,8 @@ def test_kernels_compute_what_plain_torch_does() -> None:
 @pytest.mark.slow
 def test_kernels_compile_and_fit_the_shared_memory_of_consumer_gpus(tmp_path: Path) -> None:
     path = os.pathsep.join(filter(None, [str(TESTS.parent), os.environ.get("PYTHONPATH")]))
-    found = json.loads(
-        run(str(TESTS / "triton_compile.py"), PYTHONPATH=path, TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")
-    )
+    out = run(COMPILE, PYTHONPATH=path, TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")
+    found = json.loads(out)
     assert found["limit"] == 99 * 1024
     assert len(found["taken"]) == 13
     too_large = {name: shared for name, shared in found["taken"].items() if shared > found["limit"]}
@@ -57,7 +57,7 @@ def test_kernels_compile_and_fit_the_shared_memory_of_consumer_gpus(tmp_path: Pa
 
 
 def test_on_a_cpu_plain_torch_computes() -> None:
-    assert backend.backend(torch.zeros(1)) == "plain"
+    assert backend.chosen(torch.zeros(1)) == "plain"
     with backend.using("triton"):
-        assert backend.backend(torch.zeros(1)) == "triton"
-    assert backend.backend(torch.zeros(1)) == "plain"
+        assert backend.chosen(torch.zeros(1)) == "triton"
+    assert backend.chosen(torch.zeros(1)) == "plain"

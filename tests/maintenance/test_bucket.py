@@ -30,7 +30,8 @@ from infllm_agent.maintenance.archive import export_session, import_session
 from infllm_agent.maintenance.bucket import Bucket
 from infllm_agent.maintenance.check import check
 from infllm_agent.model.local_model import LocalModel
-from infllm_agent.routing.session_pool import Desk
+from infllm_agent.platform.cancellation import Cancellation
+from infllm_agent.routing.session_pool import SessionPool
 from infllm_agent.routing.turns import Turn
 from infllm_agent.storage.catalog import Catalog
 from infllm_agent.storage.session_store import SessionStore
@@ -384,21 +385,21 @@ def test_names_and_urls(tmp_path: Path, tiny_model: LocalModel) -> None:
 
 
 class Machine:
-    """A server's desk on a machine of its own."""
+    """A server's pool on a machine of its own."""
 
     def __init__(self, root: Path, model: LocalModel, url: str) -> None:
         self.runtime = machine(root, model, url)
-        self.desk = Desk()
+        self.pool = SessionPool(self.runtime)
 
     def append(self, text: str) -> None:
-        with self.desk.by_name(self.runtime, "ops", lambda: False) as session:
+        with self.pool.by_name("ops", Cancellation()) as session:
             session.append_user(text)
             session.commit()
 
     def turn(self, texts: list[str]) -> tuple[str, int]:
         """As a client that sends all messages each time; the session, and how many messages were new to it."""
         turns = [Turn("user", text) for text in texts]
-        with self.desk.by_history(self.runtime, "ops", turns, lambda: False) as session:
+        with self.pool.by_history("ops", turns, Cancellation()) as session:
             known = session.message_count
             for turn in turns[known:]:
                 session.append_user(turn.text)
@@ -421,7 +422,7 @@ def test_requests_that_go_to_one_machine_and_another(url: str, tmp_path: Path, t
     assert other not in ("ops", name)
     assert Bucket(url).names() == sorted(["ops", name, other])
     for one in machines:
-        one.desk.close(one.runtime, lambda: False)
+        one.pool.close(Cancellation())
         one.runtime.close()
 
 

@@ -12,8 +12,9 @@ from tiny import tiny
 from infllm_agent.config import MemoryConfig
 from infllm_agent.errors import CorruptSession
 from infllm_agent.memory import snapshot
-from infllm_agent.memory.context import ContextMemory, MemoryLayer
+from infllm_agent.memory.context import ContextMemory
 from infllm_agent.memory.index import BlockIndex
+from infllm_agent.memory.layer import MemoryLayer
 from infllm_agent.model.local_model import LocalModel
 
 CONFIG = MemoryConfig(

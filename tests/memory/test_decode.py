@@ -19,21 +19,23 @@ from tiny import tiny
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from infllm_agent.blocks.store import BlockCache, BlockStore
+from infllm_agent.blocks.device_cache import BlockCache
+from infllm_agent.blocks.store import BlockStore
 from infllm_agent.config import MemoryConfig
 from infllm_agent.errors import CorruptSession
 from infllm_agent.kernels import backend
-from infllm_agent.kernels.decode_attention import plain as decode
-from infllm_agent.kernels.decode_attention.plain import Bounds
-from infllm_agent.kernels.votes import plain as lookup
+from infllm_agent.kernels.decode_attention import plain as plain_decode
+from infllm_agent.kernels.decode_attention.keys import Bounds
+from infllm_agent.kernels.votes import plain as plain_votes
 from infllm_agent.memory import snapshot
-from infllm_agent.memory.context import ContextMemory, MemoryLayer
+from infllm_agent.memory.context import ContextMemory
 from infllm_agent.memory.index import BlockIndex
+from infllm_agent.memory.layer import MemoryLayer
 from infllm_agent.memory.trace_recorder import TraceRecorder
 from infllm_agent.model.local_model import LocalModel
 
 pytest.importorskip("triton")
-from infllm_agent.kernels.block_keys import triton as triton_seal
+from infllm_agent.kernels.block_keys import triton as triton_keys
 from infllm_agent.kernels.decode_attention import triton as triton_decode
 from infllm_agent.kernels.votes import triton as triton_votes
 
@@ -108,15 +110,15 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> Waits:
 def gpu_paths(waits: Waits, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def attention(*arguments: Any, **options: Any) -> Any:
         with waits.not_now():
-            return decode.decode_attention_plain(*arguments, **options)
+            return plain_decode.decode_attention(*arguments, **options)
 
     def votes(q: Tensor, keys: Tensor, scale: float, others: Tensor | None, chosen: Tensor | None) -> Tensor:
         keys = keys if chosen is None else keys[chosen]
-        return lookup.votes(q, keys, scale) if others is None else lookup.votes_among(q, keys, others, scale)
+        return plain_votes.votes(q, keys, scale) if others is None else plain_votes.votes_among(q, keys, others, scale)
 
     monkeypatch.setattr(triton_decode, "decode_attention", attention)
     monkeypatch.setattr(triton_votes, "votes", votes)
-    monkeypatch.setattr(triton_seal, "mean_keys", lambda k: k.mean(dim=2, dtype=torch.float32))
+    monkeypatch.setattr(triton_keys, "mean_keys", lambda k: k.mean(dim=2, dtype=torch.float32))
     with backend.using("triton"):
         yield
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from infllm_agent.config import MemoryConfig
 from infllm_agent.errors import ConfigError, UnsupportedModel
-from infllm_agent.kernels.reference import ReferenceMemory
+from infllm_agent.memory.reference import ReferenceMemory
 from infllm_agent.model.attention_hook import Memory
 from infllm_agent.model.local_model import LocalModel
 

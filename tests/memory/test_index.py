@@ -13,7 +13,7 @@ from tiny import tiny
 
 from infllm_agent.config import MemoryConfig
 from infllm_agent.errors import ConfigError
-from infllm_agent.kernels import reference
+from infllm_agent.kernels.votes import reference
 from infllm_agent.kernels.votes.plain import attention_mass, cell_shares, votes, votes_among
 from infllm_agent.memory import snapshot
 from infllm_agent.memory.index import BlockIndex

@@ -10,7 +10,8 @@ from tiny import tiny
 
 from infllm_agent.config import MemoryConfig
 from infllm_agent.errors import ConfigError
-from infllm_agent.kernels.votes.plain import representative_scores, voters
+from infllm_agent.kernels.block_keys.plain import representative_scores
+from infllm_agent.kernels.votes.plain import voters
 from infllm_agent.memory.context import ContextMemory
 from infllm_agent.memory.index import BlockIndex
 

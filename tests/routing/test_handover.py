@@ -1,4 +1,4 @@
-"""Sessions pass between two desks over one folder, as between processes: locks are of open files, not of processes."""
+"""Sessions pass between two pools over one folder, as between processes: locks are of open files, not of processes."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import pytest
 from infllm_agent.config import MemoryConfig
 from infllm_agent.errors import Cancelled, SessionLocked
 from infllm_agent.model.local_model import LocalModel
+from infllm_agent.platform.cancellation import Cancellation
 from infllm_agent.routing.handover import Handover
-from infllm_agent.routing.session_pool import Desk
+from infllm_agent.routing.session_pool import SessionPool
 from infllm_agent.routing.turns import Turn
 from infllm_agent.runtime import AgentRuntime
 from infllm_agent.session.session import Session
@@ -28,17 +29,17 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 class Replica:
     def __init__(self, root: Path, model: LocalModel, patience_s: float = 10.0) -> None:
         self.runtime = AgentRuntime(root, model, MEMORY)
-        self.desk = Desk()
+        self.pool = SessionPool(self.runtime)
         self.handover = Handover(root, patience_s)
-        self.desk.share(self.runtime, self.handover)
+        self.pool.share(self.handover)
 
     def append(self, name: str, text: str) -> None:
-        with self.desk.by_name(self.runtime, name, lambda: False) as session:
+        with self.pool.by_name(name, Cancellation()) as session:
             session.append_user(text)
             session.commit()
 
     def history(self, turns: list[Turn]) -> Session:
-        with self.desk.by_history(self.runtime, "main", turns, lambda: False) as session:
+        with self.pool.by_history("main", turns, Cancellation()) as session:
             for turn in turns[session.message_count :]:
                 session.append(turn.role, turn.text)
             session.commit()
@@ -63,7 +64,7 @@ def test_an_idle_session_is_given_to_who_asks(pair):
 def test_a_session_at_work_is_given_when_the_call_is_over(pair):
     first, second = pair
     order: list[str] = []
-    with first.desk.by_name(first.runtime, "ops", lambda: False) as session:
+    with first.pool.by_name("ops", Cancellation()) as session:
         session.append_user("one")
         session.commit()
         thread = threading.Thread(target=lambda: (second.append("ops", "two"), order.append("second")))
@@ -76,13 +77,15 @@ def test_a_session_at_work_is_given_when_the_call_is_over(pair):
 
 def test_who_waits_may_stop_waiting_or_run_out_of_patience(pair, tmp_path, tiny_model):
     first, second = pair
-    with first.desk.by_name(first.runtime, "ops", lambda: False) as session:
+    with first.pool.by_name("ops", Cancellation()) as session:
         session.append_user("one")
         session.commit()
-        with pytest.raises(Cancelled), second.desk.by_name(second.runtime, "ops", lambda: True):
+        cancelled = Cancellation()
+        cancelled.cancel()
+        with pytest.raises(Cancelled), second.pool.by_name("ops", cancelled):
             pass
         second.handover.patience_s = 0.3
-        with pytest.raises(SessionLocked), second.desk.by_name(second.runtime, "ops", lambda: False):
+        with pytest.raises(SessionLocked), second.pool.by_name("ops", Cancellation()):
             pass
     assert list((tmp_path / "wanted").iterdir()) == []
 

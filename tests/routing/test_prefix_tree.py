@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 from langchain_core.caches import InMemoryCache
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage, ToolMessage
 
-from infllm_agent.config import MemoryConfig
+from infllm_agent.config import MemoryConfig, RuntimeConfig
 from infllm_agent.integrations.langchain import ChatInfLLM, DivergedHistory
 from infllm_agent.model.local_model import LocalModel
+from infllm_agent.platform.cancellation import Cancellation
 from infllm_agent.routing.prefix_tree import PrefixTree, beginnings
-from infllm_agent.routing.session_pool import KEPT_OPEN, desk_of
+from infllm_agent.routing.session_pool import pool_of
 from infllm_agent.routing.turns import Turn
 from infllm_agent.runtime import AgentRuntime
 from infllm_agent.session.session import Session
@@ -290,11 +291,11 @@ def test_branches_are_bounded_and_can_be_pruned(make):
 def test_idle_sessions_of_calls_are_closed(make, tiny_model):
     llm = make(max_tokens=1)
     mine = llm.runtime.session("mine")
-    for number in range(KEPT_OPEN + 3):
+    for number in range(RuntimeConfig().kept_open + 3):
         llm.invoke("hello", session_id=f"s{number}")
     assert not mine.closed
     open_now = [info.name for info in llm.runtime.sessions() if llm.runtime.is_open(info.name)]
-    assert len(open_now) <= KEPT_OPEN + 1
+    assert len(open_now) <= RuntimeConfig().kept_open + 1
     assert llm.invoke("hello", session_id="s0").response_metadata["session_id"] == "s0.b2"
 
 
@@ -322,7 +323,7 @@ def test_a_damaged_branch_is_passed_over(make, caplog):
     runtime = llm.runtime
     folder = runtime.session("main.b2").store.folder
     runtime.close()
-    desk_of(runtime).tree = PrefixTree()  # as another process would begin
+    pool_of(runtime).tree = PrefixTree()  # as another process would begin
     database = (folder / "session.db").read_bytes()
     (folder / "session.db").write_bytes(database[:4096] + b"\xff" * (len(database) - 4096))
     edited = [*messages[:3], HumanMessage("By whom?")]
@@ -386,7 +387,7 @@ def test_a_fork_that_reads_again_obeys_its_own_call(tmp_path, tiny_model):
 def test_many_edits_of_many_sessions_at_once(make):
     """Sessions are closed when idle, never under a call that forks from them."""
     llm = make(max_tokens=1)
-    threads = [f"s{number}" for number in range(KEPT_OPEN + 2)]
+    threads = [f"s{number}" for number in range(RuntimeConfig().kept_open + 2)]
     asked = [HumanMessage("hello"), AIMessage("hello"), HumanMessage("and?")]
     for thread in threads:
         llm.invoke(asked, session_id=thread)
@@ -416,7 +417,7 @@ def test_an_async_stream_that_is_left_is_taken_back(make):
                 break
 
     asyncio.run(leave())
-    with desk_of(llm.runtime).by_name(llm.runtime, "main", lambda: False):  # once the other has let go
+    with pool_of(llm.runtime).by_name("main", Cancellation()):  # once the other has let go
         assert main_line(llm) == before
 
 

@@ -17,12 +17,13 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from infllm_agent import AgentRuntime, MemoryConfig
+from infllm_agent.blocks.device_cache import BlockCache
 from infllm_agent.blocks.segments import BlockFiles
-from infllm_agent.blocks.store import BlockCache, BlockStore
+from infllm_agent.blocks.store import BlockStore
 from infllm_agent.config import RuntimeConfig
 from infllm_agent.errors import Cancelled, ConfigError, InvalidName, StorageError
 from infllm_agent.integrations.langchain import ChatInfLLM
-from infllm_agent.memory.context import MemoryLayer
+from infllm_agent.memory.layer import MemoryLayer
 from infllm_agent.model.local_model import LocalModel
 from infllm_agent.platform import logs
 from infllm_agent.storage.session_store import SessionStore

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tool_families import ADD, TOOLS, WEATHER
+from tool_families import ADD, TOOLS, WEATHER, parsed_ids
 
 from infllm_agent.errors import ConfigError, UnsupportedSchema
 from infllm_agent.runtime import AgentRuntime
@@ -56,7 +56,7 @@ def test_what_was_generated_stays_as_it_was_and_reads_as_calls(runtime: AgentRun
     reply = session.reply(tools=[ADD], tool_choice="add", parallel_calls=False, max_tokens=60, temperature=1.0, seed=1)
     ids = session.token_ids()[reply.message.start : reply.message.end]
     ids = ids[len(session.chat.generation_prompt()) :][: reply.usage.output_tokens]
-    parsed = session.chat.reader.parse_ids(ids)
+    parsed = parsed_ids(session.chat, ids)
     assert [(call.name, call.arguments) for call in parsed.calls] == [(c.name, c.arguments) for c in reply.tool_calls]
     assert not session.tools  # given for one reply, not announced
 

@@ -23,7 +23,7 @@ Report = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
-class Plan:
+class RetrievalPlan:
     """What to measure. Each context is read once by each method and asked about at each of its lengths.
 
     Attributes:
@@ -63,7 +63,7 @@ class Plan:
 def run(
     model: LocalModel,
     config: MemoryConfig,
-    plan: Plan,
+    plan: RetrievalPlan,
     answers: Path | None = None,
     report: Report = lambda done, total, line: None,
 ) -> list[dict[str, Any]]:

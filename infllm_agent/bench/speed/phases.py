@@ -10,8 +10,9 @@ from typing import Any
 
 from infllm_agent.blocks.store import BlockStore
 from infllm_agent.generation.sampler import Sampler
-from infllm_agent.memory.context import ContextMemory, MemoryLayer
-from infllm_agent.memory.spec import SlidingLayer
+from infllm_agent.memory.context import ContextMemory
+from infllm_agent.memory.layer import MemoryLayer
+from infllm_agent.memory.sliding import SlidingLayer
 from infllm_agent.model.local_model import LocalModel
 
 #: What each method does. Inside one phase another may begin; the first one's clock stands still meanwhile.

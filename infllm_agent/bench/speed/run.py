@@ -32,7 +32,7 @@ WARMUP_TOKENS = 256
 
 
 @dataclass(frozen=True)
-class Plan:
+class SpeedPlan:
     """What to measure.
 
     Attributes:
@@ -83,7 +83,7 @@ class Plan:
         return self.random_from is not None and history >= self.random_from
 
 
-def run(plan: Plan, report: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+def run(plan: SpeedPlan, report: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
     """The result of ``bench speed --json``. Systems alternate within one history, so that a drift of the machine meets
     all of them.
 
@@ -116,7 +116,7 @@ def run(plan: Plan, report: Callable[[str], None] = lambda line: None) -> dict[s
     return {**result, "rows": rows, "skipped": skipped}
 
 
-def _apart(plan: Plan, work: Callable[..., Any], *arguments: Any) -> Any:
+def _apart(plan: SpeedPlan, work: Callable[..., Any], *arguments: Any) -> Any:
     """In a process of its own, or in this one."""
     if not plan.apart:
         return work(*arguments)
@@ -124,7 +124,7 @@ def _apart(plan: Plan, work: Callable[..., Any], *arguments: Any) -> Any:
         return pool.submit(work, *arguments).result()
 
 
-def _machine(plan: Plan) -> dict[str, Any]:
+def _machine(plan: SpeedPlan) -> dict[str, Any]:
     model = LocalModel.load(plan.model, device=plan.device, dtype=plan.dtype)
     model.check_memory(model.default_memory().changed(**plan.memory))
     return {
@@ -135,7 +135,7 @@ def _machine(plan: Plan) -> dict[str, Any]:
     }
 
 
-def measure(plan: Plan, system: str, history: int, ceiling: dict[str, float]) -> dict[str, Any]:
+def measure(plan: SpeedPlan, system: str, history: int, ceiling: dict[str, float]) -> dict[str, Any]:
     """One row.
 
     Raises:

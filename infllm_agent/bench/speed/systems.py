@@ -46,8 +46,8 @@ class Skipped(InfLLMError):
         return self.reason
 
 
-class Plan(Protocol):
-    """What a system has to know of what is measured (``speed.Plan``)."""
+class SystemSettings(Protocol):
+    """What a system has to know of what is measured (``SpeedPlan``)."""
 
     @property
     def model(self) -> str: ...
@@ -268,7 +268,7 @@ class LlamaCpp:
 
 
 @contextmanager
-def _infllm(plan: Plan, longest: int) -> Iterator[System]:
+def _infllm(plan: SystemSettings, longest: int) -> Iterator[System]:
     model = _loaded(plan)
     config = model.default_memory().changed(**plan.memory)
     if plan.disk is None:
@@ -279,12 +279,12 @@ def _infllm(plan: Plan, longest: int) -> Iterator[System]:
 
 
 @contextmanager
-def _plain(plan: Plan, longest: int) -> Iterator[System]:
+def _plain(plan: SystemSettings, longest: int) -> Iterator[System]:
     yield Plain(_loaded(plan), longest)
 
 
 @contextmanager
-def _llamacpp(plan: Plan, longest: int) -> Iterator[System]:
+def _llamacpp(plan: SystemSettings, longest: int) -> Iterator[System]:
     try:
         import llama_cpp
     except ImportError:
@@ -294,12 +294,12 @@ def _llamacpp(plan: Plan, longest: int) -> Iterator[System]:
     yield LlamaCpp(llama_cpp, plan.gguf, longest)
 
 
-def _loaded(plan: Plan) -> LocalModel:
+def _loaded(plan: SystemSettings) -> LocalModel:
     return LocalModel.load(plan.model, device=plan.device, dtype=plan.dtype)
 
 
 #: By name: what opens it for texts of at most so many tokens.
-SYSTEMS: dict[str, Callable[[Plan, int], AbstractContextManager[System]]] = {
+SYSTEMS: dict[str, Callable[[SystemSettings, int], AbstractContextManager[System]]] = {
     "infllm": _infllm,
     "plain": _plain,
     "llamacpp": _llamacpp,

@@ -20,14 +20,14 @@ from infllm_agent.integrations.server.protocol.messages import history, named, s
 from infllm_agent.integrations.server.protocol.requests import ERRORS, NAMELESS, SessionHeader, seed_of, stops_of
 from infllm_agent.integrations.server.service import Service
 from infllm_agent.integrations.server.sse import EventStream, event_of
+from infllm_agent.platform.cancellation import Cancellation
 from infllm_agent.routing.calls import answer_events, answer_history
 from infllm_agent.routing.events import Events, Finished, Piece, completion_of
 from infllm_agent.routing.requests import Request as Call
-from infllm_agent.routing.session_pool import CancelCheck
 from infllm_agent.routing.turns import Turn, announcing
 from infllm_agent.storage.session_store import SessionStore
 
-Answer = Callable[[CancelCheck], Events]
+Answer = Callable[[Cancellation], Events]
 
 router = APIRouter(prefix="/v1", responses=ERRORS)
 
@@ -59,7 +59,7 @@ def _answer_to(asked: ChatRequest, service: Service, caller: Namespace, id: str 
     return partial(answer_whole, service, caller, id, Call(turns, sampling, form, frame.begin))
 
 
-def answer_whole(service: Service, caller: Namespace, id: str | None, call: Call, cancelled: CancelCheck) -> Events:
+def answer_whole(service: Service, caller: Namespace, id: str | None, call: Call, cancelled: Cancellation) -> Events:
     """Answer a whole history, in the session of the named family, or of all that have no name."""
     id = NAMELESS if id is None else id
     kept = service.config.nameless if id == NAMELESS else service.config.branches
@@ -67,7 +67,9 @@ def answer_whole(service: Service, caller: Namespace, id: str | None, call: Call
     return answer_history(service.runtime, base, call, cancelled, max_branches=kept)
 
 
-def answer_next(service: Service, caller: Namespace, id: str, call: Call, where: str, cancelled: CancelCheck) -> Events:
+def answer_next(
+    service: Service, caller: Namespace, id: str, call: Call, where: str, cancelled: Cancellation
+) -> Events:
     """Answer what comes next in a session. ``where`` names the messages to those who sent them."""
     name, turns = caller.session(service.catalog, id), call.turns
     if any(turn.role == "tool" for turn in turns):

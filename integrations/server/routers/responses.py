@@ -34,10 +34,10 @@ from infllm_agent.integrations.server.routers.chat_completions import Answer, an
 from infllm_agent.integrations.server.routers.stored_responses import kept_response
 from infllm_agent.integrations.server.service import Service
 from infllm_agent.integrations.server.sse import EventStream, event_of
+from infllm_agent.platform.cancellation import Cancellation
 from infllm_agent.routing.events import Completion, Event, Events, Finished, Piece, completion_of
 from infllm_agent.routing.families import branch_base
 from infllm_agent.routing.requests import Request as Call
-from infllm_agent.routing.session_pool import CancelCheck
 from infllm_agent.routing.turns import Turn
 from infllm_agent.session.session import Session
 from infllm_agent.tools import ToolCall, dumps
@@ -70,7 +70,7 @@ def _answer_to(asked: ResponseRequest, service: Service, caller: Namespace, id: 
             new = [Turn("system", asked.instructions), *new]
         return partial(answer_next, service, caller, conversation, Call(new, sampling, form, record.begin), "input")
 
-    def answer(cancelled: CancelCheck) -> Events:
+    def answer(cancelled: Cancellation) -> Events:
         family, before = id, list[Turn]()
         if asked.previous_response_id is not None:
             family, before = _found(service, caller, asked.previous_response_id)
@@ -150,7 +150,7 @@ class _Record:
         """Keep what an answer comes to: once it is committed, and before anybody is told, ``done`` has the response,
         which is stored if that is wanted."""
 
-        def kept(cancelled: CancelCheck) -> Events:
+        def kept(cancelled: Cancellation) -> Events:
             parts = list[Event]()
             with closing(answer(cancelled)) as events:
                 for event in events:

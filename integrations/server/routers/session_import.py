@@ -17,8 +17,8 @@ from infllm_agent.integrations.server.errors import CLIENT_GONE, ApiError, JsonR
 from infllm_agent.integrations.server.protocol.requests import ERRORS
 from infllm_agent.integrations.server.routers.sessions import fields
 from infllm_agent.maintenance.archive import read_archive
+from infllm_agent.platform.cancellation import Cancellation
 from infllm_agent.routing.calls import is_full
-from infllm_agent.routing.session_pool import CancelCheck
 from infllm_agent.storage.catalog import SessionInfo
 
 router = APIRouter(prefix="/v1/sessions", responses=ERRORS)
@@ -33,7 +33,7 @@ async def import_session(session: str, request: Request, service: TheService, ca
     """Make a session from the body, an exported file: all of it, checked to the last byte, or nothing."""
     loop, body = asyncio.get_running_loop(), request.stream()
 
-    def take(cancelled: CancelCheck) -> Iterator[SessionInfo]:
+    def take(cancelled: Cancellation) -> Iterator[SessionInfo]:
         name = caller.session(service.catalog, session)
         exists = ApiError(409, f"there is a session {session[:140]!r} already", code="session_exists", param="session")
         if service.catalog.find(name) is not None:
@@ -58,7 +58,7 @@ class _Body:
     """A request's body as a file, for a thread; of it, one piece is in memory."""
 
     def __init__(
-        self, body: AsyncIterator[bytes], loop: asyncio.AbstractEventLoop, stall_s: float, cancelled: CancelCheck
+        self, body: AsyncIterator[bytes], loop: asyncio.AbstractEventLoop, stall_s: float, cancelled: Cancellation
     ) -> None:
         self._body = body
         self._loop = loop

@@ -25,7 +25,8 @@ from infllm_agent.integrations.server.protocol.requests import ERRORS
 from infllm_agent.integrations.server.service import Service
 from infllm_agent.maintenance.archive import write_archive
 from infllm_agent.messages import Message
-from infllm_agent.routing.session_pool import CancelCheck, all_or_nothing
+from infllm_agent.platform.cancellation import Cancellation
+from infllm_agent.routing.session_pool import all_or_nothing
 from infllm_agent.session.session import Session
 from infllm_agent.storage.catalog import SessionInfo, check_name
 from infllm_agent.storage.session_store import SessionStore
@@ -79,7 +80,7 @@ async def show_session(
     caller: Caller,
     last: Annotated[int, Query(ge=0, le=1000, description="how many of the latest messages to show")] = 5,
 ) -> Response:
-    def show(_: CancelCheck) -> dict[str, Any]:
+    def show(_: Cancellation) -> dict[str, Any]:
         with _stored(service, caller, session) as store:
             return fields(caller, store.info) | {"recent": [message_fields(m) for m in store.messages(-last)[:last]]}
 
@@ -97,7 +98,7 @@ async def list_messages(
 ) -> Response:
     """The history, word for word."""
 
-    def read(_: CancelCheck) -> dict[str, Any]:
+    def read(_: Cancellation) -> dict[str, Any]:
         with _stored(service, caller, session) as store:
             found = [message_fields(message) for message in store.messages(start, start + limit)]
             return {"object": "list", "data": found, "has_more": start + limit < store.message_count}
@@ -116,7 +117,7 @@ async def search_session(
 ) -> Response:
     """Messages that have all the words, newest first."""
 
-    def find(_: CancelCheck) -> dict[str, Any]:
+    def find(_: Cancellation) -> dict[str, Any]:
         with _stored(service, caller, session) as store:
             return {"object": "list", "data": [message_fields(message) for message in store.search(q, limit)]}
 
@@ -128,9 +129,9 @@ async def fork_session(session: str, asked: Fork, request: Request, service: The
     """A session that begins as this one; nothing is read again."""
     name = check_name(caller.prefix + asked.name)
 
-    def fork(cancelled: CancelCheck) -> SessionInfo:
+    def fork(cancelled: Cancellation) -> SessionInfo:
         source = caller.existing(service.catalog, session)
-        with service.desk.by_name(service.runtime, source, cancelled, make=False):
+        with service.pool.by_name(source, cancelled, make=False):
             made = service.runtime.fork(source, name, asked.messages, cancelled=cancelled)
             info = made.store.info
             service.runtime.release(name)
@@ -158,9 +159,9 @@ async def export_session(session: str, request: Request, service: TheService, ca
 async def delete_session(session: str, request: Request, service: TheService, caller: Caller) -> Response:
     """Delete a session and its branches, once the calls that use them are done."""
 
-    def delete(cancelled: CancelCheck) -> list[str]:
+    def delete(cancelled: Cancellation) -> list[str]:
         name = caller.existing(service.catalog, session)
-        deleted = service.desk.delete(service.runtime, name, cancelled)
+        deleted = service.pool.delete(name, cancelled)
         service.responses.sweep(service.session_ids)
         return deleted
 
@@ -176,15 +177,13 @@ async def append_events(session: str, asked: Events, request: Request, service: 
         if event.name is not None:
             check_label(event.name)
 
-    def append(cancelled: CancelCheck) -> dict[str, Any]:
+    def append(cancelled: Cancellation) -> dict[str, Any]:
         name = caller.session(service.catalog, session)
-        with service.desk.by_name(service.runtime, name, cancelled) as opened:
+        with service.pool.by_name(name, cancelled) as opened:
             with _unread(opened), all_or_nothing(opened, cancelled):
                 for event in asked.events:
                     opened.append(event.role, event.text, name=event.name, call_id=event.call_id)
-            done = _extent(caller, opened)
-        service.reader.read(name)
-        return done
+            return _extent(caller, opened)
 
     return JsonResponse(await service.do(request, append), 201)
 
@@ -211,9 +210,9 @@ async def stream_in(
         while piece := asyncio.run_coroutine_threadsafe(_next(body), loop).result():
             yield piece
 
-    def take(cancelled: CancelCheck) -> Iterator[dict[str, Any]]:
+    def take(cancelled: Cancellation) -> Iterator[dict[str, Any]]:
         full = caller.session(service.catalog, session)
-        with service.desk.by_name(service.runtime, full, cancelled) as opened, opened.cancelled_by(cancelled):
+        with service.pool.by_name(full, cancelled) as opened, opened.cancelled_by(cancelled):
             with opened.stream(role, name=name, call_id=call_id) as stream:
                 for text in _decoded(pieces()):
                     stream.write(text)
@@ -259,10 +258,10 @@ def _commit_now_and_then(session: Session) -> None:
         session.commit()
 
 
-def _exported(service: Service, name: str, cancelled: CancelCheck) -> Iterator[bytes]:
+def _exported(service: Service, name: str, cancelled: Cancellation) -> Iterator[bytes]:
     """A session's archive, piece by piece."""
     if service.runtime.is_open(name):
-        with service.desk.by_name(service.runtime, name, cancelled, make=False) as opened:
+        with service.pool.by_name(name, cancelled, make=False) as opened:
             opened.commit()
     failure: list[BaseException] = []
     reader, writer = os.pipe()

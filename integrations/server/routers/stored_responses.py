@@ -15,7 +15,7 @@ from infllm_agent.integrations.server.protocol.requests import ERRORS
 from infllm_agent.integrations.server.protocol.responses import input_items
 from infllm_agent.integrations.server.response_store import Key
 from infllm_agent.integrations.server.service import Service
-from infllm_agent.routing.session_pool import CancelCheck
+from infllm_agent.platform.cancellation import Cancellation
 from infllm_agent.storage.catalog import SessionInfo
 from infllm_agent.storage.session_store import SessionStore
 
@@ -64,7 +64,7 @@ async def show_response(
 async def delete_response(response_id: str, request: Request, service: TheService, caller: Caller) -> Response:
     """Delete a response. Its history stays, in its session, until that is deleted."""
 
-    def delete(cancelled: CancelCheck) -> None:
+    def delete(cancelled: Cancellation) -> None:
         _, key, _ = kept_response(service, caller, response_id, "response_id")
         service.responses.forget(key)
 
@@ -84,7 +84,7 @@ async def list_input_items(
 ) -> Response:
     """List what the response answered: the whole history before it, the latest first."""
 
-    def read(cancelled: CancelCheck) -> dict[str, Any]:
+    def read(cancelled: Cancellation) -> dict[str, Any]:
         info, key, _ = kept_response(service, caller, response_id, "response_id")
         start, stop = 0, key.messages - 1
         if after:

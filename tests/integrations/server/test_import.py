@@ -202,10 +202,9 @@ def test_a_first_append_that_fails_leaves_no_session(http, served, monkeypatch):
 
 
 def test_reading_ahead_makes_no_session_again(http, served):
-    append(http, "deleted", "one")
+    append(http, "deleted", "one " * 2000)
     assert http.delete("/sessions/deleted").status_code == 200
-    served.service.reader.read("deleted")
-    wait_until(lambda: not served.service.reader._wanted)
+    wait_until(lambda: not served.runtime.dispatcher.backlog().running)
     assert http.get("/sessions/deleted").status_code == 404
 
 
@@ -244,7 +243,7 @@ def test_a_session_that_another_server_has_open_is_deleted(tmp_path, tiny_model,
         thread = threading.Thread(target=lambda: first.post("/sessions/busy/stream", content=output()))
         thread.start()
         try:
-            wait_until(lambda: one.runtime.session("busy").open_message is not None)
+            wait_until(lambda: one.runtime.open_for_call("busy").open_message is not None)
             refused(second.delete("/sessions/busy"), 409, "session_locked")
         finally:
             gate.set()
