@@ -116,7 +116,8 @@ def _append(session: Session, turns: Sequence[Turn]) -> None:
 
 @contextmanager
 def time_limit(seconds: float | None, cancelled: Cancellation) -> Iterator[Cancellation]:
-    """Give a cancellation that also ends the call when its time is up, as a TimeoutError."""
+    """Give a cancellation that also says yes once the time is up, and turn the Cancelled that follows into a
+    TimeoutError."""
     limited = Cancellation(cancelled, seconds=seconds)
     try:
         yield limited
