@@ -2,6 +2,7 @@
 
 A small model seldom thinks of calling a tool by itself, so a middleware has it look something up before it answers.
 
+    pip install "infllm-agent[agents]"
     python examples/agent.py --root ./sessions
 """
 

@@ -3,6 +3,7 @@
 Each run is a day. The process may stop at any time; the next one goes on with the same thread, and reads nothing
 again. With --forget the thread is deleted, and its session with it.
 
+    pip install "infllm-agent[agents]"
     python examples/days.py --root ./days "My name is Ada, and I look after db-3."
     python examples/days.py --root ./days "What is my name?"
 """

@@ -3,6 +3,7 @@
 The grammar holds the answer to the schema, and the session's history stays as it is: asking for an object costs what
 any question costs.
 
+    pip install "infllm-agent[langchain]"
     python examples/extraction.py --root ./sessions
 """
 

@@ -2,6 +2,7 @@
 
 Run it twice: the second time, the model remembers what the first run told it, and computes only what is new.
 
+    pip install "infllm-agent[langchain]"
     python examples/langchain_chat.py --root ./sessions
 """
 

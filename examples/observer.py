@@ -3,6 +3,7 @@
 Lines go through the model when they come, so a question waits for nothing but its own few tokens. Stop it with
 Ctrl-C and start it again: it goes on where it was.
 
+    pip install "infllm-agent[langchain]"
     python examples/observer.py /var/log/syslog --root ./sessions --ask "What has failed?" --every 500
 """
 

@@ -57,6 +57,10 @@ class StorageError(InfLLMError):
     """The root cannot be read or written (permissions, no space)."""
 
 
+class SessionFull(StorageError):
+    """There is no room for what a call brings: nothing of it was kept, and nothing of the history was dropped."""
+
+
 class BudgetExceeded(InfLLMError):
     """A byte budget would be exceeded."""
 

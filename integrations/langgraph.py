@@ -13,17 +13,20 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Any, TypeVar
 
-from langchain_core.callbacks import AsyncCallbackManagerForRetrieverRun, CallbackManagerForRetrieverRun
-from langchain_core.documents import Document
-from langchain_core.retrievers import BaseRetriever
-from langchain_core.runnables import RunnableConfig
-from langchain_core.runnables.config import run_in_executor
-from langchain_core.tools import BaseTool, StructuredTool, ToolException
+try:
+    from langchain_core.callbacks import AsyncCallbackManagerForRetrieverRun, CallbackManagerForRetrieverRun
+    from langchain_core.documents import Document
+    from langchain_core.retrievers import BaseRetriever
+    from langchain_core.runnables import RunnableConfig
+    from langchain_core.runnables.config import run_in_executor
+    from langchain_core.tools import BaseTool, StructuredTool, ToolException
+except ImportError as error:
+    raise ImportError('integrations.langgraph needs langchain-core: pip install "infllm-agent[langchain]"') from error
 from pydantic import ConfigDict, Field
 
 from infllm_agent.integrations.langchain import ChatInfLLM
+from infllm_agent.integrations.langchain.config import with_session_id
 from infllm_agent.messages import Message
-from infllm_agent.routing.families import with_session_id
 from infllm_agent.tools import calls_json
 
 __all__ = ["SessionRetriever", "history_tool", "tie_sessions"]
@@ -77,9 +80,9 @@ class SessionRetriever(BaseRetriever):
     k: int = Field(5, ge=1)
     """Most documents."""
     max_chars: int = Field(2000, ge=1)
-    """Of a longer message, so much around the first word that was found."""
+    """Most characters of a document; of a longer message, those around the first word that was found."""
     leave_out: tuple[str, ...] = ()
-    """Names of tools whose results are no history: searches of it."""
+    """Names of tools whose results are not history: searches of it."""
 
     def invoke(self, input: str, config: RunnableConfig | None = None, **kwargs: Any) -> list[Document]:
         return super().invoke(input, config, **with_session_id(config, kwargs))
@@ -97,7 +100,7 @@ class SessionRetriever(BaseRetriever):
         before: datetime | None = None,
         earlier_turns_only: bool = False,
     ) -> list[Document]:
-        """The messages found.
+        """Find messages.
 
         Args:
             after, before: bounds of a message's time, the first included, the second not.
@@ -111,7 +114,7 @@ class SessionRetriever(BaseRetriever):
             if earlier_turns_only:
                 end = max((m.index for m in store.messages(-64) if m.role == "user"), default=end)
             found = store.search(query, limit=4 * self.k, after=after, before=before, stop=end, not_from=self.leave_out)
-        # A call of a search is none of what it looks for either.
+        # Nor is a call of a search part of what it looks for.
         found = [message for message in found if not message.calls or not self._only_searches(message)]
         return [_document(name, message, query, self.max_chars) for message in found[: self.k]]
 
@@ -128,7 +131,7 @@ class SessionRetriever(BaseRetriever):
 def history_tool(
     llm: ChatInfLLM, *, name: str = "search_history", k: int = 5, max_chars: int = 2000, session_id: str | None = None
 ) -> BaseTool:
-    """A tool with which an agent searches its own history, word for word, with times.
+    """Make a tool with which an agent searches its own history, word for word, with times.
 
     It searches the session of the thread that the agent runs in, without the turn that is under way.
     """
@@ -163,7 +166,7 @@ def _document(session: str, message: Message, query: str, max_chars: int) -> Doc
 
 
 def _around(text: str, query: str, max_chars: int) -> str:
-    """The text, or so much of it around the first word of the query that is in it."""
+    """Cut a long text to what is around the first word of the query that is in it."""
     if len(text) <= max_chars:
         return text
     lower = text.lower()

@@ -45,7 +45,7 @@ ROUTER = RequestRouterConfig(request_router_class="ray.serve.experimental.consis
 
 @dataclass(frozen=True)
 class ReplicaSettings:
-    """What each replica is made of.
+    """The settings of each replica.
 
     Attributes:
         root: the folder of sessions, on a file system that all replicas share and that has locks (``flock``).
@@ -108,7 +108,7 @@ def application(
     gpus: float = 0.0,
     **options: Any,
 ) -> Any:
-    """The server as a ``ray.serve.Application``.
+    """Make a ``ray.serve.Application`` of the server.
 
     Args:
         replicas: how many, unless ``autoscaling`` says so.
@@ -132,7 +132,7 @@ def application(
 
 
 def serve_replicas(settings: ReplicaSettings, replicas: int, host: str, port: int) -> None:
-    """A cluster on this machine, or part of the one that Ray finds here, until SIGINT or SIGTERM."""
+    """Run a cluster on this machine, or as part of the one that Ray finds here, until SIGINT or SIGTERM."""
     gpus = 1.0 if settings.device != "cpu" and torch.cuda.is_available() else 0.0
     cpus = 1.0 if gpus else (os.cpu_count() or 1) / replicas
     ray.init(include_dashboard=False, log_to_driver=False)

@@ -1,32 +1,22 @@
-"""One call: turns go into a session, and the chunks of an answer come out."""
+"""One call: turns go into a session, and the events of an answer come out."""
 
 from __future__ import annotations
 
 import errno
-import json
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 
-from langchain_core.exceptions import ContextOverflowError
-from langchain_core.messages import AIMessageChunk
-from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
-from langchain_core.messages.tool import tool_call_chunk
-from langchain_core.outputs import ChatGenerationChunk
-
-from infllm_agent.errors import BudgetExceeded, Cancelled, StorageError
+from infllm_agent.errors import BudgetExceeded, Cancelled, SessionFull, StorageError
 from infllm_agent.platform.cancellation import Cancellation
+from infllm_agent.reply import Usage
+from infllm_agent.routing.events import Called, Events, Finished, Piece
 from infllm_agent.routing.requests import Request
 from infllm_agent.routing.session_pool import OnDivergence, all_or_nothing, pool_of
 from infllm_agent.routing.turns import Turn
 from infllm_agent.runtime import AgentRuntime
 from infllm_agent.session.session import Session
-
-
-class SessionFull(StorageError, ContextOverflowError):
-    """There is no room for what the call brings: nothing of it was kept, and nothing of the history was dropped."""
-
 
 #: Of a call that nobody cancels.
 never = Cancellation()
@@ -40,7 +30,7 @@ def answer_history(
     *,
     on_divergence: OnDivergence = "branch",
     max_branches: int | None = None,
-) -> Iterator[ChatGenerationChunk]:
+) -> Events:
     """Answer a whole history, in the session of the family ``base`` that it continues."""
     turns = [turn._replace(text=runtime.chat.encoder.clean(turn.text)) for turn in request.turns]
     with pool_of(runtime).by_history(
@@ -51,7 +41,7 @@ def answer_history(
 
 def answer_events(
     runtime: AgentRuntime, name: str, request: Request, cancelled: Cancellation, *, reply: bool = True
-) -> Iterator[ChatGenerationChunk]:
+) -> Events:
     """Append to a session as it stands, and answer, unless ``reply`` says no."""
     with pool_of(runtime).by_name(name, cancelled) as session:
         if reply:
@@ -59,17 +49,17 @@ def answer_events(
         else:
             with all_or_nothing(session, cancelled):
                 _append(session, request.turns)
-            yield _last_chunk(session)
+            yield Finished(session.name, session.model.name)
 
 
-def _answer(session: Session, request: Request, cancelled: Cancellation) -> Iterator[ChatGenerationChunk]:
-    """Append messages and answer: pieces of text, calls of tools, then an empty chunk that says what it took."""
+def _answer(session: Session, request: Request, cancelled: Cancellation) -> Events:
+    """Append messages and answer: pieces of text, calls of tools, then what it took."""
     with _told_when_full(session):
         yield from _written(session, request, cancelled)
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether an error says that a budget or the disk is full."""
+    """Tell whether an error means that a budget or the disk is full."""
     cause = error.__cause__
     no_space = getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
     return (
@@ -90,7 +80,7 @@ def _told_when_full(session: Session) -> Iterator[None]:
         ) from error
 
 
-def _written(session: Session, request: Request, cancelled: Cancellation) -> Iterator[ChatGenerationChunk]:
+def _written(session: Session, request: Request, cancelled: Cancellation) -> Events:
     kept = session.memory.length - session.read_again
     session.read_again = 0
     form = request.form
@@ -106,26 +96,17 @@ def _written(session: Session, request: Request, cancelled: Cancellation) -> Ite
         )
         with closing(answer) as pieces:
             for piece in pieces:
-                yield ChatGenerationChunk(message=AIMessageChunk(content=piece))
+                yield Piece(piece)
         reply = session.last_reply
         assert reply is not None
         if reply.finish_reason == "cancelled":
             raise Cancelled(f'session "{session.name}": stopped while answering')
-    usage = UsageMetadata(
-        input_tokens=reply.usage.input_tokens,
-        output_tokens=reply.usage.output_tokens,
-        total_tokens=reply.usage.input_tokens + reply.usage.output_tokens,
-        input_token_details=InputTokenDetails(
-            cache_read=kept,
-            # More than the reply's own count: what was appended may have gone through the model already then.
-            cache_creation=reply.usage.input_tokens - kept,
-        ),
-    )
-    for index, call in enumerate(reply.tool_calls, 1):  # 0 is the text's, where content is made of blocks
-        arguments = json.dumps(call.arguments, ensure_ascii=False)
-        chunk = tool_call_chunk(name=call.name, args=arguments, id=call.id, index=index)
-        yield ChatGenerationChunk(message=AIMessageChunk(content="", tool_call_chunks=[chunk]))
-    yield _last_chunk(session, finish_reason=reply.finish_reason, usage=usage)
+    for call in reply.tool_calls:
+        yield Called(call)
+    asked, written = reply.usage.input_tokens, reply.usage.output_tokens
+    # Not the reply's own counts: what was appended may have gone through the model already when it began.
+    usage = Usage(asked, prefilled_tokens=asked - kept, reused_tokens=kept, output_tokens=written)
+    yield Finished(session.name, session.model.name, reply.finish_reason, usage)
 
 
 def _append(session: Session, turns: Sequence[Turn]) -> None:
@@ -133,18 +114,10 @@ def _append(session: Session, turns: Sequence[Turn]) -> None:
         session.append(turn.role, turn.text, name=turn.name, call_id=turn.call_id, calls=turn.calls, tools=turn.tools)
 
 
-def _last_chunk(
-    session: Session, *, finish_reason: str | None = None, usage: UsageMetadata | None = None
-) -> ChatGenerationChunk:
-    info = {"finish_reason": finish_reason} if finish_reason else {}
-    metadata = {"model_name": session.model.name, "model_provider": "infllm", "session_id": session.name}
-    message = AIMessageChunk(content="", usage_metadata=usage, response_metadata=metadata | info, chunk_position="last")
-    return ChatGenerationChunk(message=message, generation_info=info)
-
-
 @contextmanager
 def time_limit(seconds: float | None, cancelled: Cancellation) -> Iterator[Cancellation]:
-    """A cancellation that also says yes when the time is up, which then is a TimeoutError."""
+    """Give a cancellation that also says yes once the time is up, and turn the Cancelled that follows into a
+    TimeoutError."""
     limited = Cancellation(cancelled, seconds=seconds)
     try:
         yield limited

@@ -7,9 +7,6 @@ import re
 from collections.abc import Iterator
 from itertools import count
 from os import PathLike
-from typing import Any
-
-from langchain_core.runnables import RunnableConfig, ensure_config
 
 from infllm_agent.storage.catalog import Catalog, SessionInfo
 
@@ -18,21 +15,8 @@ _BRANCH = r"\.b[1-9][0-9]*"
 _LONGEST = 112
 
 
-def with_session_id(config: RunnableConfig | None, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The keywords with the session that the config names, unless they name one themselves.
-
-    Inside a node of a graph, or a tool, the config need not be given: LangChain keeps it in a context variable.
-    """
-    if kwargs.get("session_id") is None:
-        configurable = ensure_config(config).get("configurable", {})
-        named = configurable.get("session_id") or configurable.get("thread_id")
-        if named is not None:
-            kwargs = {**kwargs, "session_id": str(named)}
-    return kwargs
-
-
 def session_name(session_id: str) -> str:
-    """The name of the session for an id, which may be any text: mostly the id itself.
+    """Name the session for an id, which may be any text: mostly the id itself.
 
     An id that no session can have as its name, or that is a branch's, gets a name made from it and a digest.
     """
@@ -44,16 +28,16 @@ def session_name(session_id: str) -> str:
 
 
 def branch_base(name: str) -> str:
-    """The name of the family's first session, of a branch's name; any other name is its own."""
+    """Name the first session of the family that a session belongs to; a session that is not a branch is its own."""
     return re.sub(rf"{_BRANCH}$", "", name)
 
 
 def family(root: str | PathLike[str], base: str) -> list[SessionInfo]:
-    """The session named ``base`` and its branches, as of their last commits."""
+    """Find the session named ``base`` and its branches, as of their last commits."""
     member = re.compile(rf"{re.escape(base)}({_BRANCH})?")
     return [info for info in Catalog(root).list() if member.fullmatch(info.name)]
 
 
 def branch_names(base: str) -> Iterator[str]:
-    """The names of a family, in their order."""
+    """Yield the names of a family, in their order, without end."""
     return (base if number == 1 else f"{base}.b{number}" for number in count(1))

@@ -1,12 +1,10 @@
-"""What a call asks for, in the forms that LangChain's users and frameworks write it."""
+"""What a call asks for, in the words that model providers have for it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
 
 from infllm_agent.config import SamplingConfig
 from infllm_agent.routing.turns import Turn
@@ -38,7 +36,7 @@ class Request:
     """One call of a chat model.
 
     Attributes:
-        begins: told of the session, with all that the call brings in it, before the answer begins.
+        begins: called with the session before the answer begins, when it holds all that the call brings.
     """
 
     turns: Sequence[Turn]
@@ -47,44 +45,60 @@ class Request:
     begins: Callable[[Session], None] = lambda session: None
 
 
-def form_of(options: dict[str, Any]) -> Form:
-    """The form that a call's keywords ask for; takes them out of ``options``.
+def openai_tool(tool: Any) -> dict[str, Any]:
+    """Convert a tool that is a dict in OpenAI's or Anthropic's form to OpenAI's.
 
     Raises:
-        ValueError: a tool, a choice or a format that is none.
+        ValueError: not a tool in either form.
+    """
+    if isinstance(tool, Mapping):
+        if "function" in tool:
+            return dict(tool)
+        if "name" in tool and tool.get("type") != "function":
+            parameters = tool.get("parameters", tool.get("input_schema", {}))
+            function = {"name": tool["name"], "description": tool.get("description", ""), "parameters": parameters}
+            return {"type": "function", "function": function}
+        if "type" in tool:
+            raise ValueError(f"not a tool that can be called here: {tool!r:.200} (it is its provider's own)")
+    raise ValueError(f"not a tool: {tool!r:.200} (give a dict in OpenAI's or Anthropic's form)")
+
+
+def json_schema(schema: Any) -> dict[str, Any]:
+    """Take a JSON schema. Raises ValueError for anything else."""
+    if not isinstance(schema, Mapping):
+        raise ValueError(f"not a schema: {schema!r:.200} (give a JSON schema)")
+    return dict(schema)
+
+
+def form_of(
+    options: dict[str, Any],
+    tool_of: Callable[[Any], dict[str, Any]] = openai_tool,
+    schema_of: Callable[[Any], dict[str, Any]] = json_schema,
+) -> Form:
+    """Read the form that a call's keywords ask for, and take them out of ``options``.
+
+    Args:
+        tool_of: converts whatever callers give as a tool to OpenAI's form.
+        schema_of: converts whatever they give as a schema to a JSON schema.
+
+    Raises:
+        ValueError: an invalid tool, choice or format.
     """
     given = {name: options.pop(name, None) for name in FORM_ARGUMENTS}
-    tools = tuple(ToolSpec.from_json(openai_tool(tool)) for tool in given["tools"] or ())
+    tools = tuple(ToolSpec.from_json(tool_of(tool)) for tool in given["tools"] or ())
     choice = tool_choice(given["tool_choice"], [tool.name for tool in tools]) or "auto"
     parallel = given["parallel_tool_calls"]
     if parallel is None:
         # A model that is made to call says nothing about how often, and a small one would go on and on.
         parallel = choice in ("auto", "none")
-    return Form(tools, choice, bool(parallel), _schema(given["response_format"]))
-
-
-def openai_tool(tool: Any, *, strict: bool | None = None) -> dict[str, Any]:
-    """Any of the forms in which LangChain knows tools, as OpenAI's.
-
-    Raises:
-        ValueError: it is none of them.
-    """
-    if isinstance(tool, Mapping) and "parameters" not in tool and "input_schema" in tool:  # Anthropic's
-        tool = {"name": tool["name"], "description": tool.get("description", ""), "parameters": tool["input_schema"]}
-    try:
-        converted = convert_to_openai_tool(tool, strict=strict)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"not a tool: {tool!r:.200} ({error})") from error
-    if "function" not in converted:
-        raise ValueError(f"not a tool that can be called here: {tool!r:.200} (it is its provider's own)")
-    return converted
+    return Form(tools, choice, bool(parallel), _schema(given["response_format"], schema_of))
 
 
 def tool_choice(choice: Any, names: Sequence[str]) -> str | None:
-    """A choice of tools in any provider's words, in ours: ``auto``, ``none``, ``any``, a name; None: not said.
+    """Translate a choice of tools from any provider's words to ``auto``, ``none``, ``any`` or a name; None: not said.
 
     Raises:
-        ValueError: it is none, or names a tool that is not there.
+        ValueError: an invalid choice, or the name of a tool that is not there.
     """
     if isinstance(choice, Mapping):
         kind = choice.get("type")
@@ -103,23 +117,11 @@ def tool_choice(choice: Any, names: Sequence[str]) -> str | None:
     return str(choice)
 
 
-def json_schema(schema: Any) -> dict[str, Any]:
-    """The JSON schema of a pydantic class, a TypedDict, a function or a schema.
-
-    Raises:
-        ValueError: it is none of these.
-    """
-    try:
-        return convert_to_json_schema(schema)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"not a schema: {schema!r:.200} ({error})") from error
-
-
-def _schema(response_format: Any) -> dict[str, Any] | None:
+def _schema(response_format: Any, schema_of: Callable[[Any], dict[str, Any]]) -> dict[str, Any] | None:
     if response_format is None:
         return None
     if not isinstance(response_format, Mapping):
-        return json_schema(response_format)
+        return schema_of(response_format)
     kind = response_format.get("type")
     if kind == "text":
         return None
@@ -130,4 +132,4 @@ def _schema(response_format: Any) -> dict[str, Any] | None:
         if not isinstance(described, Mapping) or not isinstance(described.get("schema"), Mapping):
             raise ValueError(f"response_format of type json_schema without a schema: {dict(response_format)!r:.200}")
         return dict(described["schema"])
-    return json_schema(dict(response_format))
+    return schema_of(dict(response_format))

@@ -27,15 +27,19 @@ from langchain_core.runnables.config import run_in_executor
 from pydantic import ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 from infllm_agent.config import MemoryConfig, SamplingConfig, default_root
+from infllm_agent.integrations.langchain.chunks import chunks_of
+from infllm_agent.integrations.langchain.config import with_session_id
+from infllm_agent.integrations.langchain.messages import history_of
 from infllm_agent.integrations.langchain.structured_output import Method, structured
+from infllm_agent.integrations.langchain.tools import form_of, openai_tool
 from infllm_agent.platform.cancellation import Cancellation
 from infllm_agent.platform.threads import from_thread
 from infllm_agent.routing.calls import answer_history, never, time_limit
-from infllm_agent.routing.families import family, session_name, with_session_id
-from infllm_agent.routing.requests import Form, Request, form_of, openai_tool
+from infllm_agent.routing.families import family, session_name
+from infllm_agent.routing.requests import Form, Request
 from infllm_agent.routing.requests import tool_choice as choose_tool
 from infllm_agent.routing.session_pool import OnDivergence, delete_stored, pool_of, prune_stored
-from infllm_agent.routing.turns import Turn, history_of
+from infllm_agent.routing.turns import Turn
 from infllm_agent.runtime import AgentRuntime
 from infllm_agent.storage.session_store import SessionStore
 
@@ -98,7 +102,7 @@ class ChatInfLLM(BaseChatModel):
     """What happens to a list of messages that leaves its session midway: ``branch`` silently, ``warn`` (in the log,
     and branch), or ``error`` (DivergedHistory)."""
     max_branches: int | None = 16
-    """So many branches of a session are kept; beyond that, the one that was used longest ago is deleted."""
+    """Most branches of a session; beyond that, the one that was used longest ago is deleted."""
 
     anonymous_id: str = Field(default_factory=lambda: f"chat-{uuid.uuid4().hex[:16]}", exclude=True, repr=False)
     """The session of calls that name none; ``close`` deletes it."""
@@ -177,14 +181,14 @@ class ChatInfLLM(BaseChatModel):
         return {"memory": self.memory.model_dump()} if self.memory else {}
 
     def get_token_ids(self, text: str) -> list[int]:
-        """The ids of a text by the model's own tokenizer; loads the model."""
+        """Encode a text with the model's own tokenizer; loads the model."""
         if self.custom_get_token_ids is not None:
             return self.custom_get_token_ids(text)
         return self.opened().chat.encoder.encode_text(text)
 
     def get_num_tokens_from_messages(self, messages: list[BaseMessage], tools: Sequence[Any] | None = None) -> int:
-        """The tokens that the messages are for the model: with its template's, what announces the tools, and the
-        request to answer."""
+        """Count the tokens that the model would read: the messages in its template, the announcement of the tools, and
+        the request to answer."""
         chat = self.opened().chat
         turns = self._history(messages, form_of({"tools": tools})) if messages else []
         count = 0
@@ -218,7 +222,7 @@ class ChatInfLLM(BaseChatModel):
         strict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """This model with tools that it may call; the grammar holds every call to its tool's schema.
+        """Give the model tools that it may call; the grammar holds every call to its tool's schema.
 
         Args:
             tools: functions, LangChain tools, pydantic classes, or dicts in OpenAI's, Anthropic's or LangChain's form.
@@ -228,7 +232,7 @@ class ChatInfLLM(BaseChatModel):
             strict: noted in the tools; calls are held to the schema in any case.
 
         Raises:
-            ValueError: a tool or a choice that is none.
+            ValueError: an invalid tool or choice.
         """
         formatted = [openai_tool(tool, strict=strict) for tool in tools]
         choice = choose_tool(tool_choice, [tool["function"]["name"] for tool in formatted])
@@ -245,7 +249,7 @@ class ChatInfLLM(BaseChatModel):
         strict: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """A runnable whose answers are instances of ``schema`` (a pydantic class), or dicts that satisfy it.
+        """Make a runnable whose answers are instances of ``schema`` (a pydantic class), or dicts that satisfy it.
 
         The grammar holds the answer to the schema whatever the model would rather say. By default the history stays
         as it is, so that a question about a long session costs no more than any other; the model sees the schema's
@@ -253,7 +257,7 @@ class ChatInfLLM(BaseChatModel):
         another history. ``include_raw``: a dict with ``raw``, ``parsed`` and ``parsing_error`` instead.
 
         Raises:
-            ValueError: a schema or a method that is none.
+            ValueError: an invalid schema or method.
         """
         return structured(self, schema, method=method, include_raw=include_raw, strict=strict, **kwargs)
 
@@ -332,23 +336,25 @@ class ChatInfLLM(BaseChatModel):
     # None of these loads the model.
 
     def latest_line(self, session_id: str | None = None) -> str | None:
-        """The name of the session, or branch of it, that was used last; None if there is none yet."""
+        """Name the session, or the branch of it, that was used last; None if there is no session yet."""
         lines = family(self.root, self._base(session_id))
         return max(lines, key=lambda info: info.updated).name if lines else None
 
     def read_session(self, name: str) -> SessionStore:
-        """What is stored of a session, to be read and closed."""
+        """Open what is stored of a session, to be read and then closed."""
         return SessionStore.open(self.root, name, readonly=True)
 
     def prune(self, session_id: str | None = None, *, keep: int = 0) -> list[str]:
-        """Delete the session's branches but the ``keep`` used last; the session itself stays. The names deleted."""
+        """Delete a session's branches but the ``keep`` used last, and return their names; the session itself stays."""
         base = self._base(session_id)
         if (runtime := self._loaded()) is None:
             return prune_stored(self.root, base, keep)
         return pool_of(runtime).prune(base, keep)
 
     def delete_session(self, session_id: str | None = None) -> list[str]:
-        """Delete a session and its branches, with all that belongs to them. The names deleted; none is no error.
+        """Delete a session and its branches, with all that belongs to them, and return their names.
+
+        It is not an error if there is no such session.
 
         Raises:
             SessionLocked: another process has it open.
@@ -376,23 +382,25 @@ class ChatInfLLM(BaseChatModel):
         sampling, form = self.asked(stop, without_id)
         request = Request(self._history(messages, form), sampling, form)
         with time_limit(options.get("timeout") or self.timeout, cancelled) as stopped:
-            yield from answer_history(
-                self.opened(),
-                base,
-                request,
-                stopped,
-                on_divergence=self.on_divergence,
-                max_branches=self.max_branches,
+            yield from chunks_of(
+                answer_history(
+                    self.opened(),
+                    base,
+                    request,
+                    stopped,
+                    on_divergence=self.on_divergence,
+                    max_branches=self.max_branches,
+                )
             )
 
     def _base(self, session_id: str | None) -> str:
         return session_name(session_id or self.session_id or self.anonymous_id)
 
     def asked(self, stop: list[str] | None, options: Mapping[str, Any]) -> tuple[SamplingConfig, Form]:
-        """How to choose tokens, and what form the answer has, by a call's keywords over this object's settings.
+        """Decide how tokens are chosen and what form the answer has: keywords of the call, else this object's settings.
 
         Raises:
-            ValueError: what cannot be asked.
+            ValueError: an invalid keyword or value.
         """
         given = {key: value for key, value in options.items() if key not in _NOT_SAMPLING and value is not None}
         form = form_of(given)
@@ -404,14 +412,14 @@ class ChatInfLLM(BaseChatModel):
         return history_of(messages, form.tools, lambda: self.opened().chat.default_system)
 
     def _sampling(self, stop: list[str] | None, given: Mapping[str, Any]) -> SamplingConfig:
-        """How to choose tokens: the call's settings over the object's."""
+        """Decide how tokens are chosen: the call's settings come before the object's."""
         values = {name: getattr(self, name) for name in SamplingConfig.model_fields} | dict(given)
         if stop is not None:
             values["stop"] = stop
         return SamplingConfig(**{**values, "stop": tuple(values["stop"] or ())})
 
     def opened(self) -> AgentRuntime:
-        """The runtime that this object works on; loads the model at first use."""
+        """Open the runtime that this object works on, or return it; loads the model at first use."""
         if self.runtime is not None:
             return self.runtime
         with _opening:
@@ -430,7 +438,7 @@ class ChatInfLLM(BaseChatModel):
 
 
 def _decided_by(runtime: AgentRuntime) -> dict[str, Any]:
-    """The fields of a chat model that its runtime decides."""
+    """Read the fields of a chat model that its runtime decides."""
     return {
         "model": runtime.model.name,
         "root": os.fspath(runtime.root),

@@ -14,12 +14,14 @@ from langchain_core.outputs import ChatGenerationChunk, ChatResult
 from langchain_core.runnables import RunnableConfig, RunnableSerializable
 
 from infllm_agent.integrations.langchain.chat_models import ChatInfLLM
+from infllm_agent.integrations.langchain.chunks import chunks_of
+from infllm_agent.integrations.langchain.config import with_session_id
+from infllm_agent.integrations.langchain.messages import SessionInput, turns_of
 from infllm_agent.platform.cancellation import Cancellation
 from infllm_agent.platform.threads import from_thread
 from infllm_agent.routing.calls import answer_events, never, time_limit
-from infllm_agent.routing.families import session_name, with_session_id
+from infllm_agent.routing.families import session_name
 from infllm_agent.routing.requests import Request
-from infllm_agent.routing.turns import SessionInput, turns_of
 from infllm_agent.runtime import AgentRuntime
 
 
@@ -116,11 +118,12 @@ class SessionRunnable(RunnableSerializable[SessionInput, AIMessage]):
         request = Request(turns, *self.llm.asked(options.pop("stop", None), options))
         runtime = self.llm.opened()
         with time_limit(timeout, cancelled) as stopped:
-            yield from answer_events(runtime, _name_of(runtime, session_id), request, stopped, reply=reply)
+            name = _name_of(runtime, session_id)
+            yield from chunks_of(answer_events(runtime, name, request, stopped, reply=reply))
 
 
 def _name_of(runtime: AgentRuntime, session_id: str) -> str:
-    """The session of that name, if there is one: a branch of a chat model's may be gone on with."""
+    """Name the session for an id: the one of that very name, if there is one, which may be a branch."""
     names = {info.name for info in runtime.sessions()}
     return session_id if session_id in names else session_name(session_id)
 

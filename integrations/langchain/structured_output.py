@@ -14,7 +14,7 @@ from langchain_core.output_parsers.openai_tools import JsonOutputKeyToolsParser,
 from langchain_core.runnables import Runnable, RunnableGenerator, RunnableMap, RunnablePassthrough
 from langchain_core.utils.pydantic import is_basemodel_subclass
 
-from infllm_agent.routing.requests import json_schema, openai_tool
+from infllm_agent.integrations.langchain.tools import json_schema, openai_tool
 
 Method = Literal["json_schema", "function_calling", "json_mode"]
 
@@ -22,7 +22,7 @@ Method = Literal["json_schema", "function_calling", "json_mode"]
 def structured(
     llm: BaseChatModel, schema: Any, *, method: Method, include_raw: bool, strict: bool | None, **kwargs: Any
 ) -> Runnable[Any, Any]:
-    """A runnable that answers with an instance of ``schema``, if it is a pydantic class, else with a dict.
+    """Make a runnable that answers with an instance of ``schema``, if it is a pydantic class, else with a dict.
 
     In all three the grammar holds the answer to the schema; they differ in what the model is told.
 
@@ -32,10 +32,10 @@ def structured(
             ``json_schema``, and ``schema`` may be None: any object.
 
     Raises:
-        ValueError: a schema or a method that is none.
+        ValueError: an invalid schema or method.
     """
     if method not in ("json_schema", "function_calling", "json_mode"):
-        raise ValueError(f"method {method!r} is none; use json_schema, function_calling or json_mode")
+        raise ValueError(f"invalid method {method!r}: use json_schema, function_calling or json_mode")
     if schema is None and method != "json_mode":
         raise ValueError(f"method {method} needs a schema: a pydantic class, a TypedDict, or a JSON schema")
     is_class = isinstance(schema, type) and is_basemodel_subclass(schema)
@@ -85,6 +85,6 @@ async def _awhole(chunks: AsyncIterator[AIMessage]) -> AsyncIterator[AIMessage]:
 
 
 def _refuse_cut(answer: AIMessage) -> None:
-    """Parsers complete what was cut, and so make up what was never said."""
+    """Refuse an answer that was cut: parsers would complete it, and make up what was never said."""
     if answer.response_metadata.get("finish_reason") == "length":
         raise OutputParserException("the answer does not fit into max_tokens: raise it", llm_output=answer.text)

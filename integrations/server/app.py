@@ -9,11 +9,9 @@ only what is new goes through the model.
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from importlib.metadata import version
-from typing import Any
 
 from infllm_agent.errors import ConfigError
 
@@ -23,34 +21,35 @@ try:
     from fastapi.security import HTTPBearer
 except ImportError as error:
     raise ConfigError('the server needs FastAPI: pip install "infllm-agent[server]"') from error
-from starlette.responses import PlainTextResponse, Response
 
 from infllm_agent.config import SamplingConfig
 from infllm_agent.integrations.server import errors
 from infllm_agent.integrations.server.auth import ApiKeys
 from infllm_agent.integrations.server.config import ServerConfig
-from infllm_agent.integrations.server.errors import ApiError
 from infllm_agent.integrations.server.middleware.gate import Gate
 from infllm_agent.integrations.server.middleware.metrics import Measured, RequestMetrics
-from infllm_agent.integrations.server.protocol.requests import ERRORS
 from infllm_agent.integrations.server.routers import (
     chat_completions,
+    health,
+    models,
     responses,
     session_import,
     sessions,
     stored_responses,
 )
-from infllm_agent.integrations.server.service import Service, TheService
+from infllm_agent.integrations.server.service import Service
 from infllm_agent.runtime import AgentRuntime
 
 __all__ = ["create_app"]
 
 ROUTERS = (
+    models.router,
     chat_completions.router,
     responses.router,
     stored_responses.router,
     sessions.router,
     session_import.router,
+    health.router,
 )
 
 
@@ -62,7 +61,7 @@ def create_app(
     *,
     hosts: Sequence[str] | None = None,
 ) -> FastAPI:
-    """The application. Its ``state.service`` is a ``Service``; ``close`` of the runtime is its owner's.
+    """Make the application; its ``state.service`` is a ``Service``. The runtime stays its owner's to close.
 
     Args:
         keys: None: everybody who reaches it sees all sessions.
@@ -87,8 +86,6 @@ def create_app(
     errors.install(app)
     for router in ROUTERS:
         app.include_router(router)
-    app.add_api_route("/healthz", healthz, methods=["GET"], responses=ERRORS)
-    app.add_api_route("/metrics", metrics, methods=["GET"], response_class=PlainTextResponse, responses=ERRORS)
     app.add_middleware(Gate, service.config, keys, None if hosts is None else tuple(hosts))
     if runtime.metrics is not None:
         service.requests = _request_metrics()
@@ -98,23 +95,4 @@ def create_app(
 
 def _request_metrics() -> RequestMetrics:
     routes = [route for router in ROUTERS for route in router.routes if isinstance(route, APIRoute)]
-    served = [(route.path_regex, route.path_format) for route in routes]
-    return RequestMetrics([*served, *((re.compile(f"{path}$"), path) for path in ("/healthz", "/metrics"))])
-
-
-async def healthz(service: TheService) -> dict[str, Any]:
-    """Whether the server takes requests."""
-    if service.stopping:
-        raise ApiError(503, "the server is stopping", code="stopping")
-    return {"status": "ok", "model": service.model, "calls": service.running}
-
-
-async def metrics(service: TheService) -> Response:
-    """What all sessions do, and what requests there are, in Prometheus' text format."""
-    found = service.runtime.metrics
-    if found is None:
-        raise ApiError(
-            404, "there are no metrics: the runtime counts nothing (RuntimeConfig.metrics)", code="no_metrics"
-        )
-    requests = "" if service.requests is None else service.requests.text()
-    return Response(found.text() + requests, media_type=found.content_type)
+    return RequestMetrics([(route.path_regex, route.path_format) for route in routes])

@@ -42,29 +42,29 @@ class Namespace:
         return "" if self.name is None else f"{self.name}:"
 
     def own(self, full: str) -> str:
-        """A session's name as callers know it."""
+        """Shorten a session's name to what callers know it by."""
         return full.removeprefix(self.prefix)
 
     def family(self, catalog: Catalog, id: str) -> str:
-        """The name of the family that an id names, any text; a branch's means its family."""
+        """Name the family that an id stands for, which may be any text; a branch's stands for its family."""
         full = self.prefix + id
         base = branch_base(full)
         return base if base != full and self._exists(catalog, full) else session_name(full)
 
     def session(self, catalog: Catalog, id: str) -> str:
-        """The name of the very session that an id names, whether or not there is one."""
+        """Name the very session that an id stands for, whether or not it exists."""
         full = self.prefix + id
         return full if self._exists(catalog, full) else session_name(full)
 
     def existing(self, catalog: Catalog, id: str) -> str:
-        """As ``session``. Raises UnknownSession if there is none, or it is another's."""
+        """Name the session that an id stands for. Raises UnknownSession if there is none, or it is another's."""
         name = self.session(catalog, id)
         if not self._exists(catalog, name):
             raise UnknownSession(f"no session {id[:140]!r} here")
         return name
 
     def sessions(self, catalog: Catalog) -> Sequence[SessionInfo]:
-        """All that it has, by name."""
+        """List its sessions by name."""
         return [info for info in catalog.list() if info.name.startswith(self.prefix)]
 
     def _exists(self, catalog: Catalog, full: str) -> bool:
@@ -86,7 +86,7 @@ class ApiKeys:
             entries: (namespace, key) or (namespace, ``sha256:`` and the key's hexadecimal SHA-256).
 
         Raises:
-            ConfigError: a namespace that is none, a short key, the same key twice.
+            ConfigError: an invalid namespace, a short key, or the same key twice.
         """
         self._namespaces: dict[str, Namespace] = {}
         for name, key in entries:
@@ -109,7 +109,7 @@ class ApiKeys:
 
     @classmethod
     def load(cls, path: Path | None, environment: Mapping[str, str] = os.environ) -> ApiKeys | None:
-        """From a file, else from the environment; None if there are none.
+        """Read the keys from a file, else from the environment; None if there are none.
 
         The file has a namespace and a key on each line; ``#`` begins a comment. Nobody but its owner may read it.
 
@@ -126,7 +126,7 @@ class ApiKeys:
         return None
 
     def namespace(self, key: str) -> Namespace | None:
-        """That of a key; None for an unknown one. Takes the same time for all that are unknown."""
+        """Look up the namespace of a key; None for an unknown one. All unknown keys take the same time."""
         return self._namespaces.get(_digest(key))
 
 

@@ -24,13 +24,14 @@ from infllm_agent.errors import (
     SessionBusy,
     SessionClosed,
     SessionExists,
+    SessionFull,
     SessionLocked,
     SessionMismatch,
     Stopped,
     UnknownMessage,
     UnknownSession,
 )
-from infllm_agent.routing.calls import SessionFull, is_full
+from infllm_agent.routing.calls import is_full
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +90,7 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """What every failed request is answered with."""
+    """The answer to every failed request."""
 
     error: ErrorDetail
 
@@ -99,7 +100,7 @@ def bad_request(message: str, param: str | None = None, code: str = "invalid_val
 
 
 def error_of(error: BaseException) -> ApiError:
-    """Any error as one for the client. What it must not know stays in the log."""
+    """Turn any error into one for the client. What the client must not know stays in the log."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, HTTPException):
@@ -158,11 +159,11 @@ def install(app: FastAPI) -> None:
 
 
 def _invalid(error: RequestValidationError) -> ApiError:
-    """The first thing that is wrong with a request."""
+    """Report the first thing that is wrong with a request."""
     first = error.errors()[0]
     if first["type"] == "json_invalid":
         reason = first.get("ctx", {}).get("error", first["msg"])
-        return bad_request(f"the body is no JSON: {reason}", code="invalid_json")
+        return bad_request(f"the body is not JSON: {reason}", code="invalid_json")
     where, *path = first["loc"]
     param = ".".join(str(part) for part in path) or str(where)
     said = first["msg"].removeprefix("Value error, ")

@@ -40,7 +40,7 @@ class KeptResponses:
         self._folder = Path(root) / "responses"
 
     def keep(self, key: Key, response: dict[str, Any], living: Callable[[], Collection[str]]) -> None:
-        """It is on disk when this returns.
+        """Store a response; it is on disk when this returns.
 
         Args:
             living: the ids of all sessions there are; asked now and then, to forget the responses of others.
@@ -68,7 +68,7 @@ class KeptResponses:
                 raise
 
     def find(self, key: Key) -> dict[str, Any] | None:
-        """As it was given; None if it is not kept. Raises StorageError."""
+        """Load a response as it was given; None if it is not stored. Raises StorageError."""
         path = self._path(key)
         with storage_errors(path), suppress(FileNotFoundError):
             with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
@@ -76,7 +76,7 @@ class KeptResponses:
         return None
 
     def forget(self, key: Key) -> bool:
-        """Keep it no longer; whether it was. Raises StorageError."""
+        """Delete a response, and tell whether it was stored. Raises StorageError."""
         path = self._path(key)
         with storage_errors(path), suppress(FileNotFoundError):
             path.unlink()
@@ -85,7 +85,7 @@ class KeptResponses:
         return False
 
     def sweep(self, living: Callable[[], Collection[str]]) -> None:
-        """Forget the responses of sessions that are no more. Raises StorageError."""
+        """Delete the responses of sessions that are gone. Raises StorageError."""
         if not self._folder.is_dir():
             return
         self._refuse_links(self._folder)

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
 import os
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
-from contextlib import aclosing, contextmanager, suppress
-from typing import Annotated, Any, TypeVar, cast
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import aclosing, contextmanager
+from typing import Any, TypeVar
 
-from fastapi import Depends, Request
-from starlette.responses import StreamingResponse
-from starlette.types import Send
+from fastapi import Request
 
 from infllm_agent.config import SamplingConfig
-from infllm_agent.integrations.server.auth import Namespace
 from infllm_agent.integrations.server.config import ServerConfig
-from infllm_agent.integrations.server.errors import CLIENT_GONE, ApiError, body_of, error_of
+from infllm_agent.integrations.server.disconnect import unless_gone
+from infllm_agent.integrations.server.errors import ApiError
 from infllm_agent.integrations.server.middleware.metrics import RequestMetrics
 from infllm_agent.integrations.server.response_store import KeptResponses, Key
 from infllm_agent.platform.cancellation import Cancellation
@@ -126,91 +122,3 @@ class Service:
             yield
         finally:
             self.running -= 1
-
-
-async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """What some work comes to; if the client leaves, it is cancelled. The request's body must have been read."""
-    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(request))
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ApiError(CLIENT_GONE, "the client has left", code="client_gone")
-        return await task
-    finally:
-        for each in (task, gone):
-            each.cancel()
-            with suppress(asyncio.CancelledError, Exception):
-                await each
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-def service_of(request: Request) -> Service:
-    return cast(Service, request.app.state.service)
-
-
-def namespace_of(request: Request) -> Namespace:
-    return cast(Namespace, request.state.namespace)
-
-
-TheService = Annotated[Service, Depends(service_of)]
-Caller = Annotated[Namespace, Depends(namespace_of)]
-
-
-class EventStream(StreamingResponse):
-    """Server-sent events. A client that does not read is left after ``stall_s`` seconds.
-
-    An error before the first event is raised, so that it gets a status of its own; a later one is the last event.
-    """
-
-    media_type = "text/event-stream"
-
-    def __init__(self, events: AsyncGenerator[str, None], stall_s: float) -> None:
-        super().__init__(events, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
-        self._events = events
-        self._stall_s = stall_s
-
-    @classmethod
-    async def begun(cls, request: Request, events: AsyncGenerator[str, None], stall_s: float) -> EventStream:
-        async def begin() -> str:
-            try:
-                return await anext(events)
-            except BaseException:
-                await events.aclose()
-                raise
-
-        first = await unless_gone(request, begin())
-
-        async def all_events() -> AsyncGenerator[str, None]:
-            async with aclosing(events):
-                yield first
-                try:
-                    async for event in events:
-                        yield event
-                except Exception as error:
-                    yield event_of(body_of(error_of(error)))
-
-        return cls(all_events(), stall_s)
-
-    async def stream_response(self, send: Send) -> None:
-        async def in_time(message: Any) -> None:
-            async with asyncio.timeout(self._stall_s):
-                await send(message)
-
-        async with aclosing(self._events) as events:
-            try:
-                await in_time({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-                async for event in events:
-                    await in_time({"type": "http.response.body", "body": event.encode(), "more_body": True})
-                await in_time({"type": "http.response.body", "body": b"", "more_body": False})
-            except TimeoutError:
-                pass  # the server closes a connection whose response is not complete
-
-
-def event_of(data: Any, name: str | None = None) -> str:
-    """One server-sent event."""
-    head = f"event: {name}\n" if name else ""
-    return f"{head}data: {json.dumps(data, allow_nan=False)}\n\n"

@@ -1,4 +1,4 @@
-"""What a request passes before it is read: the host it names, its key, how many there were, its size."""
+"""What is checked before a request is read: the host it names, its key, how many there were, its size."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Gate:
         return namespace
 
     def _largest(self, path: str) -> int | None:
-        """How many bytes a body may have; None: any number, it is read as it comes."""
+        """Look up how many bytes a body may have; None: any number, because it is read as it comes."""
         if path.endswith("/stream"):
             return None
         return self.config.import_bytes if path.endswith("/import") else self.config.body_bytes
@@ -88,7 +88,7 @@ class Rates:
         self._buckets: dict[Namespace, tuple[float, float]] = {}  # what is left, as of when
 
     def take(self, namespace: Namespace) -> None:
-        """Raises ApiError where nothing is left."""
+        """Take one request. Raises ApiError if none is left."""
         if self._size is None:
             return
         now = self._clock()
@@ -106,7 +106,7 @@ class Rates:
 
 
 def _bounded(largest: int, headers: Mapping[str, str], receive: Receive) -> Receive:
-    """The body, as far as it is not too large."""
+    """Pass on a body as long as it is not too large."""
     size = 0
     told = headers.get("content-length", "")
     if told.isdigit() and int(told) > largest:

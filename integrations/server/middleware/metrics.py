@@ -20,7 +20,7 @@ OTHER = "other"
 
 
 class RequestMetrics:
-    """Counts requests. No label is what a client wrote: routes are told by their templates."""
+    """Counts requests. No label is what a client wrote: routes are named by their templates."""
 
     def __init__(self, routes: Sequence[tuple[re.Pattern[str], str]]) -> None:
         """
@@ -54,11 +54,11 @@ class RequestMetrics:
         )
 
     def text(self) -> str:
-        """In Prometheus' text format."""
+        """Write all counts in Prometheus' text format."""
         return generate_latest(self.registry).decode()
 
     def route(self, path: str) -> str:
-        """The template of a path; ``other`` for one that is not served, and for the documents."""
+        """Find the template of a path; ``other`` for one that is not served, and for the documents."""
         return next((template for pattern, template in self._routes if pattern.match(path)), OTHER)
 
 

@@ -1,4 +1,4 @@
-"""Messages, tools and formats as OpenAI's clients write them, as turns of a session."""
+"""Messages, tools and formats in the words of OpenAI's clients, and how they become turns of a session."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class ChatMessage(Labelled):
     tool_call_id: str | None = None
 
     def turn(self, where: str) -> Turn:
-        """As a session stores it. Raises ApiError for what cannot be given to a text model."""
+        """Convert it to what a session stores. Raises ApiError for what a text model cannot read."""
         text = text_of(self.content, f"{where}.content")
         if self.role == "assistant":
             calls = tuple(
@@ -122,7 +122,7 @@ class ResponseFormat(Labelled):
 
 
 def text_of(content: Content, where: str) -> str:
-    """The text of a message's content. Raises ApiError for content that is no text."""
+    """Read the text of a message's content. Raises ApiError for content that is not text."""
     if content is None or isinstance(content, str):
         return content or ""
     texts = []
@@ -139,17 +139,17 @@ def text_of(content: Content, where: str) -> str:
 
 
 def call_of(name: str, arguments: str, id: str, where: str) -> ToolCall:
-    """A call that stands in a history. Raises ApiError for arguments that are no JSON object."""
+    """Read a call of a history. Raises ApiError for arguments that are not a JSON object."""
     try:
         return ToolCall(name, loads(arguments or "{}"), id)
     except (ValueError, RecursionError) as error:  # ConfigError is one
-        raise bad_request(f"{where}: the arguments of the call are no JSON object: {error}", where) from None
+        raise bad_request(f"{where}: the arguments of the call are not a JSON object: {error}", where) from None
 
 
 def form(
     tools: Sequence[dict[str, Any]] | None, choice: Any, parallel: bool | None, response_format: dict[str, Any] | None
 ) -> Form:
-    """What an answer may be, from OpenAI's words for it. Raises ApiError."""
+    """Read what an answer may be, in OpenAI's words. Raises ApiError."""
     asked = {
         "tools": tools,
         "tool_choice": choice,
@@ -167,12 +167,12 @@ def form(
 def history(
     turns: Sequence[Turn], tools: Sequence[ToolSpec], default_system: Callable[[], str], where: str
 ) -> list[Turn]:
-    """A whole history: results have the names of the tools they are of, and its first message announces the tools."""
+    """Complete a whole history: name the tools of results, and have its first message announce the tools."""
     return announcing(named(turns, where), tools, default_system)
 
 
 def named(turns: Sequence[Turn], where: str, before: Sequence[Turn] = ()) -> list[Turn]:
-    """Turns whose results of tools have the tools' names.
+    """Add the tools' names to results.
 
     Args:
         before: the history that they continue.
@@ -197,5 +197,5 @@ def named(turns: Sequence[Turn], where: str, before: Sequence[Turn] = ()) -> lis
 
 
 def stored_turn(message: Message) -> Turn:
-    """A message that a session holds, as it was given."""
+    """Make a turn of a message that a session holds."""
     return Turn(message.role, message.text, message.name, message.call_id, message.calls, message.tools)

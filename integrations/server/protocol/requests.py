@@ -49,7 +49,7 @@ class AnswerRequest(Asked):
     user: str | None = None
 
     def sampling(self, service: Service, most: int | None, **others: Any) -> SamplingConfig:
-        """How tokens are chosen, over the server's defaults.
+        """Decide how tokens are chosen: the request comes before the server's defaults.
 
         Args:
             most: tokens of the answer; None: not said.
@@ -69,7 +69,7 @@ class AnswerRequest(Asked):
         check_model(service, self.model)
 
     def session(self, header: str | None) -> str | None:
-        """What the call names as its session. Raises ApiError if it names two."""
+        """Read which session the call names. Raises ApiError if it names two."""
         if header is not None and len(header) > LONGEST_ID:
             raise bad_request(f"X-Session-Id has more than {LONGEST_ID} characters", "X-Session-Id")
         if self.session_id and header and self.session_id != header:
@@ -78,7 +78,7 @@ class AnswerRequest(Asked):
 
 
 def check_model(service: Service, model: str) -> None:
-    """Raises ApiError for a model that is not served."""
+    """Check that a model is served. Raises ApiError if not."""
     if model != service.model:
         raise ApiError(
             404, f"no model {model[:200]!r} here, but {service.model!r}", code="model_not_found", param="model"
@@ -86,7 +86,7 @@ def check_model(service: Service, model: str) -> None:
 
 
 def seed_of(seed: int | None) -> int | None:
-    """A seed of OpenAI's, which may be negative."""
+    """Read a seed of OpenAI's, which may be negative."""
     return None if seed is None else seed % (1 << 63)
 
 

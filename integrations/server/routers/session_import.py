@@ -12,10 +12,10 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from infllm_agent.errors import Cancelled, CorruptSession, SessionExists, StorageError
+from infllm_agent.integrations.server.deps import Caller, TheService
 from infllm_agent.integrations.server.errors import CLIENT_GONE, ApiError, JsonResponse
 from infllm_agent.integrations.server.protocol.requests import ERRORS
 from infllm_agent.integrations.server.routers.sessions import fields
-from infllm_agent.integrations.server.service import Caller, TheService
 from infllm_agent.maintenance.archive import read_archive
 from infllm_agent.platform.cancellation import Cancellation
 from infllm_agent.routing.calls import is_full
@@ -30,7 +30,7 @@ _BODY = {"content": {"application/octet-stream": {"schema": {"type": "string", "
 
 @router.post("/{session}/import", status_code=201, openapi_extra={"requestBody": _BODY})
 async def import_session(session: str, request: Request, service: TheService, caller: Caller) -> Response:
-    """Make a session of the body, a file that an export gave. It is there, checked to the last byte, or not at all."""
+    """Make a session from the body, an exported file: all of it, checked to the last byte, or nothing."""
     loop, body = asyncio.get_running_loop(), request.stream()
 
     def take(cancelled: Cancellation) -> Iterator[SessionInfo]:
@@ -67,7 +67,10 @@ class _Body:
         self._piece = memoryview(b"")
 
     def read(self, size: int) -> bytes:
-        """Raises Cancelled; ApiError if the client leaves, sends nothing for long, or sends too much."""
+        """Read up to ``size`` bytes.
+
+        Raises Cancelled; ApiError if the client leaves, sends nothing for long, or sends too much.
+        """
         if not self._piece:
             self._piece = memoryview(self._next())
         data, self._piece = bytes(self._piece[:size]), self._piece[size:]

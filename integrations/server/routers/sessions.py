@@ -18,10 +18,11 @@ from starlette.responses import Response, StreamingResponse
 
 from infllm_agent.errors import Cancelled
 from infllm_agent.integrations.server.auth import Namespace
+from infllm_agent.integrations.server.deps import Caller, TheService
 from infllm_agent.integrations.server.errors import JsonResponse
 from infllm_agent.integrations.server.protocol.messages import Asked
 from infllm_agent.integrations.server.protocol.requests import ERRORS
-from infllm_agent.integrations.server.service import Caller, Service, TheService
+from infllm_agent.integrations.server.service import Service
 from infllm_agent.maintenance.archive import write_archive
 from infllm_agent.messages import Message
 from infllm_agent.platform.cancellation import Cancellation

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Annotated, Any, Literal
 
@@ -10,11 +9,12 @@ from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
 from infllm_agent.integrations.server.auth import Namespace
+from infllm_agent.integrations.server.deps import Caller, TheService
 from infllm_agent.integrations.server.errors import ApiError, JsonResponse, bad_request
 from infllm_agent.integrations.server.protocol.requests import ERRORS
+from infllm_agent.integrations.server.protocol.responses import input_items
 from infllm_agent.integrations.server.response_store import Key
-from infllm_agent.integrations.server.service import Caller, Service, TheService
-from infllm_agent.messages import Message
+from infllm_agent.integrations.server.service import Service
 from infllm_agent.platform.cancellation import Cancellation
 from infllm_agent.storage.catalog import SessionInfo
 from infllm_agent.storage.session_store import SessionStore
@@ -27,7 +27,7 @@ _ITEM_ID = re.compile(f"(?:msg|fc|fco)_{_KEY}(?:_[0-9]+)?")
 
 
 def kept_response(service: Service, caller: Namespace, id: str, param: str) -> tuple[SessionInfo, Key, dict[str, Any]]:
-    """A response that the caller may see, and its session.
+    """Find a response that the caller may see, and its session.
 
     Args:
         param: the part of the request that names it.
@@ -53,7 +53,7 @@ async def show_response(
     caller: Caller,
     stream: Annotated[bool, Query(description="not served: a response is complete when it is stored")] = False,
 ) -> Response:
-    """A response, as it was given."""
+    """Show a response as it was given."""
     if stream:
         raise bad_request("stream: a stored response is complete; leave it out", "stream", "unsupported_parameter")
     found = await service.do(request, lambda _: kept_response(service, caller, response_id, "response_id")[2])
@@ -62,7 +62,7 @@ async def show_response(
 
 @router.delete("/{response_id}")
 async def delete_response(response_id: str, request: Request, service: TheService, caller: Caller) -> Response:
-    """Keep a response no longer. Its history stays, in its session, until that is deleted."""
+    """Delete a response. Its history stays, in its session, until that is deleted."""
 
     def delete(cancelled: Cancellation) -> None:
         _, key, _ = kept_response(service, caller, response_id, "response_id")
@@ -82,7 +82,7 @@ async def list_input_items(
     order: Annotated[Literal["asc", "desc"], Query()] = "desc",
     after: Annotated[str | None, Query(description="the id of an item: only what follows it")] = None,
 ) -> Response:
-    """What the response answered: the whole history before it, the latest first."""
+    """List what the response answered: the whole history before it, the latest first."""
 
     def read(cancelled: Cancellation) -> dict[str, Any]:
         info, key, _ = kept_response(service, caller, response_id, "response_id")
@@ -109,33 +109,3 @@ async def list_input_items(
         return {"object": "list", "data": page, "has_more": len(items) > limit, **ends}
 
     return JsonResponse(await service.do(request, read))
-
-
-def input_items(session: str, message: Message) -> list[dict[str, Any]]:
-    """A stored message, in the words of OpenAI's responses. Those of an answer have the ids that it gave them."""
-    key = Key(session, message.index + 1)
-    if message.role == "tool":
-        call_id, text = message.call_id or "", message.text
-        return [{"id": f"fco_{key}", "type": "function_call_output", "call_id": call_id, "output": text}]
-    calls = [call_item(key, n, c.id, c.name, json.dumps(c.arguments)) for n, c in enumerate(message.calls)]
-    if message.role == "assistant":
-        return [*([message_item(key, message.text)] if message.text or not calls else []), *calls]
-    content = [{"type": "input_text", "text": message.text}]
-    item = {"id": f"msg_{key}", "type": "message", "role": message.role, "status": "completed"}
-    return [item | {"content": content}]
-
-
-def message_item(key: Key, text: str, status: str = "completed") -> dict[str, Any]:
-    """What the assistant said."""
-    said = {"id": f"msg_{key}", "type": "message", "role": "assistant", "status": status}
-    return said | {"content": [text_part(text)]}
-
-
-def text_part(text: str) -> dict[str, Any]:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
-
-
-def call_item(key: Key, number: int, id: str | None, name: str | None, arguments: str | None) -> dict[str, Any]:
-    """A call of the assistant's; ``arguments`` as JSON."""
-    item = {"id": f"fc_{key}_{number}", "type": "function_call", "call_id": id, "name": name}
-    return item | {"arguments": arguments, "status": "completed"}

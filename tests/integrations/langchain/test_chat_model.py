@@ -33,9 +33,10 @@ from langchain_core.runnables import ConfigurableField, RunnableLambda
 from load_example import load_example
 from pydantic import ValidationError
 
+from infllm_agent import errors
 from infllm_agent.config import MemoryConfig, default_root
 from infllm_agent.errors import ConfigError, SessionBusy, StorageError
-from infllm_agent.integrations.langchain import ChatInfLLM, SessionRunnable
+from infllm_agent.integrations.langchain import ChatInfLLM, SessionFull, SessionRunnable
 from infllm_agent.model.local_model import LocalModel
 from infllm_agent.runtime import AgentRuntime
 from infllm_agent.storage.catalog import Catalog
@@ -483,8 +484,11 @@ def test_a_full_disk_is_a_context_overflow(make, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(SessionStore, "commit", full)
-        with pytest.raises(ContextOverflowError, match=r'session "full" of \d+ tokens cannot grow: .*no space'):
+        said = r'session "full" of \d+ tokens cannot grow: .*no space'
+        with pytest.raises(ContextOverflowError, match=said) as raised:
             llm.invoke([*messages, HumanMessage("two")])
+        assert isinstance(raised.value, errors.SessionFull)
+        assert isinstance(raised.value, SessionFull)
     assert llm.invoke([*messages, HumanMessage("two")]).response_metadata["session_id"] == "full"
 
 
