@@ -105,7 +105,7 @@ def test_pages_load_nothing_from_elsewhere(site):
 
 def test_reference_has_what_users_meet(site):
     runtime = (site / "reference" / "runtime.html").read_text("utf-8")
-    for identifier in ("runtime.AgentRuntime.open", "session.Session.stream_tool_result", "reply.Reply"):
+    for identifier in ("runtime.AgentRuntime.open", "session.session.Session.stream_tool_result", "reply.Reply"):
         assert f'id="infllm_agent.{identifier}"' in runtime
     settings = (site / "reference" / "settings.html").read_text("utf-8")
     for name, field in MemoryConfig.model_fields.items():
