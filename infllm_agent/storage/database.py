@@ -22,8 +22,8 @@ from infllm_agent.platform.faults import storage_errors
 
 BUSY_SECONDS = 5.0
 
-SESSION_SCHEMA = Migrations("infllm_agent.session.session")
-CATALOG_SCHEMA = Migrations("infllm_agent.storage.catalog")
+SESSION_SCHEMA = Migrations("infllm_agent.session")
+CATALOG_SCHEMA = Migrations("infllm_agent.catalog")
 
 
 @SESSION_SCHEMA(name="001_session")
