@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from infllm_agent.errors import BucketError, ConfigError, CorruptSession, StorageError
+from infllm_agent.platform.files import write_atomically
 
 ORIGIN_FILE = "origin.json"
 
@@ -72,14 +73,7 @@ class Origin:
 
     def write(self, folder: Path) -> None:
         """Replace what the folder says. Raises OSError."""
-        text = asdict(self)
-        new = folder / f"{ORIGIN_FILE}.new"
-        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            json.dump(text, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, folder / ORIGIN_FILE)
+        write_atomically(folder / ORIGIN_FILE, json.dumps(asdict(self)).encode())
 
     def object(self, segment: bytes, index: int) -> str | None:
         """The name of the part that has a block; None if no part has it."""

@@ -26,7 +26,7 @@ from infllm_agent.blocks.segments import BlockFiles
 from infllm_agent.errors import CorruptSession, InfLLMError, SessionExists, SessionLocked, StorageError
 from infllm_agent.maintenance.check import stored_blocks
 from infllm_agent.platform.faults import storage_errors
-from infllm_agent.platform.files import sync_folder
+from infllm_agent.platform.files import new_file, sync_folder, write_atomically
 from infllm_agent.storage.catalog import SESSION_DATABASE, Catalog, SessionInfo, check_name
 from infllm_agent.storage.database import SESSION_SCHEMA, connect, transaction
 from infllm_agent.storage.integrity import FOREIGN, row_damages
@@ -131,20 +131,10 @@ def export_session(
         StorageError.
     """
     path = Path(path)
+    sizes = []
     with storage_errors(path):
-        descriptor, unfinished = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=".part", dir=path.parent)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                size = write_archive(root, name, file, progress=progress)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(unfinished, path)
-            sync_folder(path.parent)
-        except BaseException:
-            with suppress(FileNotFoundError):
-                os.unlink(unfinished)
-            raise
-    return size
+        write_atomically(path, lambda file: sizes.append(write_archive(root, name, file, progress=progress)))
+    return sizes[0]
 
 
 def write_archive(
@@ -395,14 +385,12 @@ class _Reader:
         if size not in (None, found):
             raise CorruptSession(f"{path.name} has {found} bytes; it is of {size}")
         digest, left = hashlib.sha256(), found
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as made:
+        with new_file(path) as made:
             while left:
                 piece = self._exactly(min(PIECE, left))
                 digest.update(piece)
                 made.write(piece)
                 left -= len(piece)
-            made.flush()
-            os.fsync(made.fileno())
         self._exactly(-found % tarfile.BLOCKSIZE)
         self._members.append({"name": path.name, "size": found, "sha256": digest.hexdigest()})
 

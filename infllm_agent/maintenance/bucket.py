@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tempfile
 import uuid
 import zlib
@@ -33,7 +32,7 @@ from infllm_agent.blocks.segments import BlockFiles
 from infllm_agent.errors import BucketError, CorruptSession, Diverged, InfLLMError, UnknownSession
 from infllm_agent.maintenance.archive import Stored, copy_commit, tail_name
 from infllm_agent.platform.faults import storage_errors
-from infllm_agent.platform.files import sync_folder
+from infllm_agent.platform.files import write_atomically
 from infllm_agent.storage.catalog import SESSION_DATABASE, Catalog, check_name
 from infllm_agent.storage.integrity import FOREIGN
 from infllm_agent.storage.session_store import SessionStore
@@ -315,30 +314,13 @@ class Bucket:
             with bucket_errors(self.url):
                 if getattr(self._fs, "local_file", False):  # fsspec's own way to create looks first, and writes then
                     self._fs.makedirs(place.rpartition("/")[0], exist_ok=True)
-                    self._write_file(Path(place), data, create=create)
+                    write_atomically(Path(place), data, create=create)
                 else:
                     self._fs.pipe_file(place, data, mode="create" if create else "overwrite")
         except BucketError as error:
             if isinstance(error.__cause__, FileExistsError):
                 raise error.__cause__ from None
             raise
-
-    @staticmethod
-    def _write_file(path: Path, data: bytes, *, create: bool) -> None:
-        """On stable storage, and whole whenever it is seen."""
-        made = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
-        try:
-            with open(made, "xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            if create:
-                os.link(made, path)
-            else:
-                os.replace(made, path)
-        finally:
-            made.unlink(missing_ok=True)
-        sync_folder(path.parent)
 
     def _objects(
         self, new: Manifest, blocks: BlockFiles | None, database: bytes, tail: bytes
@@ -361,8 +343,7 @@ class Bucket:
             if hashlib.sha256(data).hexdigest() != digest:
                 raise CorruptSession(f'bucket {self.url}: the {kind} of "{manifest.name}" is not what was published')
             with storage_errors(folder):
-                (folder / path).write_bytes(data)
-                (folder / path).chmod(0o600)
+                write_atomically(folder / path, data)
 
     @staticmethod
     def _give(folder: Path, blocks: BlockFiles) -> None:
