@@ -2,7 +2,8 @@
 
     python benchmarks/catalog.py --sessions 1000 10000
 
-The sessions are empty. With an older version on ``PYTHONPATH`` its figures are printed, for comparison.
+The sessions are empty. With an older version on ``PYTHONPATH`` and a root made by this one (``--root``), it prints what that
+version costs.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shutil
 import statistics
 import tempfile
 import time
+import uuid
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 from infllm_agent.errors import UnknownSession
@@ -31,19 +34,18 @@ QUIET_SECONDS = 0.2
 
 
 def fill(root: Path, sessions: int) -> None:
-    """Make sessions through the real code, without what it does only to survive a power cut."""
-    fsync, os.fsync = os.fsync, lambda descriptor: None
-    try:
-        SessionStore.create(root, "chat0", {"model": "none"}).close()
-        catalog = Catalog(root)
-        if not hasattr(catalog, "family"):  # adding reads the whole catalogue there: a few, and copies of them
-            raise SystemExit("make the sessions with this version: --root")
-        for number in range(1, sessions):
+    """Make sessions: one as it is made otherwise, and folders like it, each with a name of its own."""
+    from infllm_agent.storage.database import SESSION_SCHEMA, connect, transaction
+    from infllm_agent.storage.rows import SessionRow, write_session
+
+    with SessionStore.create(root, "chat0", {"model": "none"}) as first:
+        folder, row = first.folder, SessionRow("", '{"model": "none"}', first.created)
+    for number in range(1, sessions):
+        made = Path(shutil.copytree(folder, folder.with_name(uuid.uuid4().hex)))
+        with closing(connect(made / "session.db", SESSION_SCHEMA, durable=False)) as db, transaction(db.conn):
+            db.conn.execute("DELETE FROM session")
             name = f"chat{number // 2}" + (".b2" if number % 2 else "")
-            with suppress(Exception):
-                SessionStore.create(root, name, {"model": "none"}).close()
-    finally:
-        os.fsync = fsync
+            write_session(db.conn, row._replace(name=name))
 
 
 def cost(call: Callable[[], object], times: int) -> float:

@@ -162,7 +162,7 @@ class CatalogIndex:
             as_of: when the folders were read, if that is to be kept.
         """
         infos, gone = list(infos), list(gone)
-        if not (infos or gone or as_of):
+        if not (infos or gone or (as_of and self.path.exists())):  # looking at an empty root leaves no file
             return True
         try:
             try:

@@ -88,6 +88,7 @@ def _catalog_001(db: Database) -> None:
 @CATALOG_SCHEMA(name="002_names")
 def _catalog_002(db: Database) -> None:
     db.execute("CREATE INDEX sessions_name ON sessions (name)")
+    db.execute("CREATE INDEX sessions_updated ON sessions (updated)")
     # when the rows were last compared with the session folders: which boot of the machine, and the folders' own state
     db.execute(
         """CREATE TABLE comparison (

@@ -50,7 +50,6 @@ def settle(root: Path) -> None:
         Catalog(root).find("settled")
 
 
-
 def names(root: Path, base: str) -> list[str]:
     return [info.name for info in Catalog(root).family(base)]
 
@@ -72,9 +71,7 @@ def test_the_folders_are_not_read_while_nothing_changes(tmp_path: Path, monkeypa
     assert [(info.name, info.tokens) for info in Catalog(tmp_path).family("a")] == [("a", 1), ("a.b2", 0)]
 
 
-def test_what_came_or_went_does_not_make_every_session_be_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_came_or_went_does_not_make_every_session_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make(tmp_path, *"abcdef")
     settle(tmp_path)
     read: list[str] = []
@@ -200,6 +197,7 @@ def test_without_its_catalogue_a_root_has_the_same_names(tmp_path: Path, damage:
 def test_an_older_catalogue_opens(tmp_path: Path) -> None:
     folders = make(tmp_path, "a", "a.b2")
     change(tmp_path, "DROP INDEX sessions_name")
+    change(tmp_path, "DROP INDEX sessions_updated")
     change(tmp_path, "DROP TABLE comparison")
     change(tmp_path, "DELETE FROM _sqlite_migrations WHERE name = '002_names'")
     assert Catalog(tmp_path).find("a.b2") == folders[1].name
@@ -227,7 +225,7 @@ def test_a_folder_that_cannot_be_read_is_tried_again(tmp_path: Path) -> None:
     (copy / "session.db").write_bytes(b"no database")
     for _ in range(3):
         assert Catalog(tmp_path).find("a") is None
-        with pytest.raises(UnknownSession, match="sessions there: b; not readable: .*session.db"):
+        with pytest.raises(UnknownSession, match=r"sessions there: b; not readable: .*session\.db"):
             Catalog(tmp_path).require("a")
     assert not asked_alone(tmp_path)
     shutil.copyfile(folder / "session.db", copy / "session.db")  # nothing of this shows in the folder of them all

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 import tarfile
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import safetensors.torch
 import torch
+from load_example import load_module
 
 from infllm_agent import AgentRuntime
 from infllm_agent.errors import SessionMismatch
@@ -23,16 +22,7 @@ ARCHIVES = sorted(DATA.glob("session-*.tar.xz"))
 NAMES = ["old", "old.b2", "rounded"]
 
 
-def load_maker() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_session", DATA / "make_session.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-maker = load_maker()
+maker = load_module(DATA / "make_session.py")
 
 
 @pytest.fixture(scope="module", params=ARCHIVES, ids=lambda path: path.name)
@@ -70,7 +60,7 @@ def test_it_goes_on_as_it_did_then(unpacked: Path, root: Path, name: str) -> Non
 def test_its_record_is_all_there(root: Path) -> None:
     with SessionStore.open(root, "old") as store:
         store.verify()
-        assert store.generation > 5
+        assert store.generation == 3
         assert store.info.blocks > 128
         system, user, observation, called, result, answer = store.messages(0, 6)
         assert (system.role, [tool.name for tool in system.tools]) == ("system", ["weather"])
