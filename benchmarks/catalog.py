@@ -2,8 +2,8 @@
 
     python benchmarks/catalog.py --sessions 1000 10000
 
-The sessions are empty. With an older version on ``PYTHONPATH`` and a root made by this one (``--root``), it prints what that
-version costs.
+The sessions are empty. With an older version on ``PYTHONPATH`` and a root made by this one (``--root``), it prints what
+that version costs.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ class Readable(Protocol):
     """What an archive is read from."""
 
     def read(self, size: int, /) -> bytes:
-        """At most so many bytes; none at the end."""
+        """Return at most ``size`` bytes; an empty result means the end."""
         ...
 
 
@@ -110,7 +110,7 @@ class ArchiveReader:
         self._members: list[dict[str, Any]] = []
 
     def take(self, path: Path, size: int | None = None) -> None:
-        """Write the next member, which must be called so, to a new file, and fsync it.
+        """Write the next member, which must have the name of ``path``, to that new file, and sync it.
 
         Raises CorruptSession if it is another, or not of that size.
         """

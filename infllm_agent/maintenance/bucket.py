@@ -6,7 +6,7 @@ machines need to go on from a commit. Everything in it is written once:
     sessions/<digest of the name>/<number>.json    the manifest of a published commit; the one with the highest number
                                                    that is whole counts
     sessions/<digest of the name>/<id>.db, .tail   its database and tail
-    segments/<segment's id>/<first>-<stop>-<id>    blocks (``origin``)
+    segments/<segment's id>/<first>-<stop>-<id>    blocks (``blocks.remote``)
 
 A manifest is written last and names the next number, so an upload that is killed changes nothing, and of two machines
 that go on from one commit the second fails: at once where the store can create an object only if there is none (S3,
@@ -208,7 +208,7 @@ class Bucket:
         return Catalog(root).find(name) is not None and self.last(name) is not None and self.is_current(root, name)
 
     def last(self, name: str) -> Manifest | None:
-        """The last published commit of a session; None: there is none, or the session was deleted."""
+        """Return the last published commit of a session; None if nothing was published, or the session was deleted."""
         newest = self._newest(name)
         return None if newest is None or newest.deleted else newest
 
@@ -223,7 +223,7 @@ class Bucket:
 
     @staticmethod
     def _continues(origin: Origin, last: Manifest | None) -> bool:
-        """Whether a folder goes on from the last manifest, or begins a session where there is none."""
+        """Tell whether a folder continues the last manifest, or begins a session that was never published."""
         if origin.base is None:
             return last is None or last.deleted
         return last is not None and last.id == origin.base

@@ -52,7 +52,7 @@ class _Found(NamedTuple):
 
 
 def check_name(name: str) -> str:
-    """The name itself, if a session may be called so; else InvalidName."""
+    """Return a name that a session may have; raise InvalidName for any other."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise InvalidName(
             f"session name {str(name)[:140]!r}: 1 to 128 of the letters A-Z a-z, digits and _ . : -, "
@@ -73,15 +73,15 @@ class Catalog:
         self._index = CatalogIndex(self.root / "catalog.db")
 
     def list(self) -> Sequence[SessionInfo]:
-        """Every readable session, by name. Raises StorageError if the root cannot be read."""
+        """List every readable session, by name. Raises StorageError if the root cannot be read."""
         return sorted(self._current().infos.values(), key=lambda info: (info.name, info.id))
 
     def problems(self) -> Sequence[str]:
-        """One line for each session folder that cannot be read, whether or not the catalogue still knows its name."""
+        """Return a line for each session folder that cannot be read, whether or not the catalogue knows its name."""
         return list(self._read(self._folder_ids())[1].values())
 
     def survey(self) -> tuple[dict[str, SessionInfo], dict[str, str]]:
-        """Every session by id, read from its folder; and of each folder that cannot be read, what is wrong with it.
+        """Read every folder: the sessions by id, and what is wrong with each folder that cannot be read.
 
         Raises StorageError if the root cannot be read.
         """
@@ -89,12 +89,12 @@ class Catalog:
         return self._read(self._folder_ids())
 
     def name_of(self, id: str) -> str | None:
-        """What the catalogue calls a session, whose folder may be unreadable."""
+        """Return the name that the catalogue has for a session, whose folder may be unreadable."""
         info = self._index.rows().infos.get(id)
         return info.name if info else None
 
     def strays(self) -> Sequence[Path]:
-        """What lies among the session folders and is none."""
+        """List what lies among the session folders without being one."""
         with storage_errors(self._sessions), suppress(FileNotFoundError), os.scandir(self._sessions) as entries:
             ours = (_NEW, _DELETED, _STAGED)
             return [
@@ -105,7 +105,7 @@ class Catalog:
         return []
 
     def damage(self) -> str | None:
-        """What is wrong with the catalogue itself, in a line; None if it is whole, missing, or only behind."""
+        """Return what is wrong with the catalogue itself, in a line; None if it is whole, missing, or only behind."""
         if (damage := self._index.damage()) is not None:
             return damage
         rows = self._index.rows().infos
@@ -116,7 +116,7 @@ class Catalog:
         return None
 
     def find(self, name: str) -> str | None:
-        """The id of the session called ``name``, or None.
+        """Return the id of the session called ``name``, or None.
 
         Raises InvalidName, or StorageError if the root cannot be read or holds two sessions by that name (a folder
         was copied in by hand).
@@ -124,7 +124,7 @@ class Catalog:
         return self._only(name, self._named(check_name(name)).infos)
 
     def family(self, base: str) -> Sequence[SessionInfo]:
-        """The session called ``base`` and its branches, ``base.b2`` and so on, by name, as of their last commits.
+        """List the session called ``base`` and its branches, ``base.b2`` and so on, by name, as of their last commits.
 
         Raises InvalidName, StorageError.
         """
@@ -266,8 +266,8 @@ class Catalog:
             log.info("catalogue not updated: %s", error)
 
     def _named(self, name: str, *, family: bool = False, tidy: bool = True) -> _Found:
-        """The sessions called ``name``, with those of its branches if its family is asked for. While nothing has come
-        or gone among the folders since they were last compared with the catalogue, that alone is asked."""
+        """Find the sessions called ``name``, and its branches if its family is asked for. The catalogue alone is asked,
+        unless something came or went among the folders since the two were last compared."""
         if (status := self._status()) is None:
             return _Found({}, {}, indexed=True)
         stamp, rows = _stamp(status), self._index.named(name, family=family)
@@ -287,7 +287,7 @@ class Catalog:
         return found._replace(infos=infos)
 
     def _current(self, *, tidy: bool = True) -> _Found:
-        """Every session."""
+        """Find every session."""
         return self._compared(self._index.rows(), tidy=tidy)
 
     def _compared(self, rows: Rows, *, known: Collection[str] = (), tidy: bool) -> _Found:
@@ -317,7 +317,7 @@ class Catalog:
         return _Found({id: info for id, info in (rows.infos | found).items() if id in there}, problems, indexed)
 
     def _status(self) -> os.stat_result | None:
-        """Of the folder of the sessions; None if there is none yet. Raises StorageError."""
+        """Look at the folder of the sessions; None before the first session. Raises StorageError."""
         with storage_errors(self._sessions), suppress(FileNotFoundError):
             status = os.lstat(self._sessions)
             if stat.S_ISLNK(status.st_mode):
@@ -329,7 +329,7 @@ class Catalog:
         return self._listed()[0]
 
     def _listed(self, known: Collection[str] = ()) -> tuple[set[str], bool]:
-        """The ids of the sessions that are there; and whether something lies beside them that is under way, or left
+        """List the ids of the sessions that are there, and tell whether anything beside them is under way or left
         behind. Raises StorageError."""
         ids, unfinished = set(), False
         if self._status() is not None:
@@ -383,7 +383,7 @@ class Catalog:
 
 
 def _stamp(status: os.stat_result) -> Stamp:
-    """Of a folder."""
+    """What ``CatalogIndex`` keeps of a folder."""
     times = (status.st_mtime_ns, status.st_ctime_ns)
     return Stamp(this_boot(), " ".join(map(str, (status.st_dev, status.st_ino, status.st_nlink, *times))))
 

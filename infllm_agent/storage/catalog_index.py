@@ -101,7 +101,7 @@ class CatalogIndex:
         self.path = path
 
     def rows(self) -> Rows:
-        """Everything; nothing if the file is missing or unusable."""
+        """Read every row; none if the file is missing or unusable."""
 
         def look(conn: sqlite3.Connection) -> Rows:
             with reading(conn):
@@ -111,7 +111,8 @@ class CatalogIndex:
         return self._ask(look) or Rows({})
 
     def named(self, name: str, *, family: bool = False, all_ids: bool = False) -> Rows:
-        """The sessions of a name, or whose name begins as those of its family do. Nothing if the file is unusable."""
+        """Look up the sessions of a name, or of its family; some other names may be among them. None if the file is
+        unusable."""
 
         def look(conn: sqlite3.Connection) -> Rows:
             with reading(conn):
@@ -122,7 +123,7 @@ class CatalogIndex:
         return self._ask(look) or Rows({})
 
     def newest(self, limit: int) -> tuple[list[str], int]:
-        """The names of those with the latest commits, and how many sessions there are."""
+        """Return the names of the sessions with the latest commits, and the number of all sessions."""
 
         def look(conn: sqlite3.Connection) -> tuple[list[str], int]:
             names = conn.execute("SELECT name FROM sessions ORDER BY updated DESC LIMIT ?", (limit,)).fetchall()
@@ -131,7 +132,7 @@ class CatalogIndex:
         return self._ask(look) or ([], 0)
 
     def damage(self) -> str | None:
-        """What is wrong with the file, in a line; None if it is whole or missing. Raises StorageError."""
+        """Return what is wrong with the file, in a line; None if it is whole or missing. Raises StorageError."""
         if not self.path.exists():
             return None
         try:
@@ -155,7 +156,7 @@ class CatalogIndex:
             self._write(infos, gone, replace=replace)
 
     def follow(self, infos: Iterable[SessionInfo], gone: Iterable[str], count: int, as_of: Stamp | None) -> bool:
-        """Write what a comparison with the folders has found; whether that could be done.
+        """Write what a comparison with the folders has found. Returns whether that worked.
 
         Args:
             count: how many sessions there are.
@@ -181,7 +182,7 @@ class CatalogIndex:
                 self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
 
     def _ask(self, look: Callable[[sqlite3.Connection], T]) -> T | None:
-        """What ``look`` finds; None if the file is missing or unusable."""
+        """Return what ``look`` finds; None if the file is missing or unusable."""
         if not self.path.exists():
             return None
         try:

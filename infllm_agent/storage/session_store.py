@@ -126,7 +126,7 @@ class SessionStore:
 
     @classmethod
     def open_or_create(cls, root: str | PathLike[str], name: str, fingerprint: dict[str, Any]) -> SessionStore:
-        """Open a session for writing, made now if there is none.
+        """Open a session for writing; make it if it does not exist.
 
         An existing one keeps its own fingerprint: compare it. Raises what ``open`` and ``create`` raise, except
         UnknownSession and SessionExists.
@@ -142,7 +142,7 @@ class SessionStore:
                 pass  # made by another process just now
 
     def check_free(self, name: str) -> None:
-        """Raise SessionExists or InvalidName if a new session beside this one cannot be called so."""
+        """Raise SessionExists or InvalidName unless a new session in the same root may have this name."""
         if self._catalog.find(name) is not None:
             raise SessionExists(f'session "{name}" already exists in {self._catalog.root}')
 
@@ -219,7 +219,7 @@ class SessionStore:
 
     @property
     def state(self) -> dict[str, Any] | None:
-        """What the last commit was given as ``state``; None before the first."""
+        """The ``state`` that the last commit was given; None before the first."""
         text = self._head().state
         if text is None:
             return None
@@ -349,7 +349,7 @@ class SessionStore:
             return expand_runs(rows, end)
 
     def chunk_boundary(self, token: int, fits: Callable[[int, int], bool] = lambda length, end: True) -> int:
-        """The last end of an execution chunk at or before a token that ``fits(length, end)``; 0 if there is none."""
+        """Return the last end of an execution chunk, at or before a token, that ``fits(length, end)``; else 0."""
         with self._using() as conn:
             while token > 0:
                 start, length, count = chunk_run(conn, token - 1)
