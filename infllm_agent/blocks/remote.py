@@ -1,4 +1,4 @@
-"""Where the bytes of blocks come from that are not in a session's folder yet: parts of segments in a bucket.
+"""The source of blocks whose bytes are not in a session's folder yet: parts of segments in a bucket.
 
 A session that was fetched from a bucket has sparse segment files: their heads are there, everything else is read from
 the bucket when it is first needed, and kept. What is there needs no list: bytes that are not fail their checksum.
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from infllm_agent.errors import BucketError, ConfigError, CorruptSession, StorageError
+from infllm_agent.platform.files import write_atomically
 
 ORIGIN_FILE = "origin.json"
 
@@ -72,14 +73,7 @@ class Origin:
 
     def write(self, folder: Path) -> None:
         """Replace what the folder says. Raises OSError."""
-        text = asdict(self)
-        new = folder / f"{ORIGIN_FILE}.new"
-        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            json.dump(text, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, folder / ORIGIN_FILE)
+        write_atomically(folder / ORIGIN_FILE, json.dumps(asdict(self)).encode())
 
     def object(self, segment: bytes, index: int) -> str | None:
         """The name of the part that has a block; None if no part has it."""
@@ -130,7 +124,7 @@ class Origin:
 
 
 def as_parts(found: Any) -> Parts:
-    """Raises ValueError or TypeError for what is none: they follow each other without gaps, from 0 on."""
+    """Check parts read from JSON: they follow each other without gaps, from 0 on. Raises ValueError or TypeError."""
     parts = tuple((int(first), int(stop), str(id)) for first, stop, id in found)
     before = 0
     for first, stop, id in parts:
@@ -151,7 +145,7 @@ def open_bucket(url: str) -> tuple[Any, str]:
     """fsspec's file system and the path in it.
 
     Raises:
-        ConfigError: there is none for such a URL, or what it needs is not installed.
+        ConfigError: fsspec knows no such kind of URL, or a package that it needs is not installed.
     """
     import fsspec
 

@@ -2,13 +2,13 @@
 
     segment = page of 4096 bytes: magic, JSON (shape, number, the segment's own id), zeros, CRC-32
             | the keys that stand for its blocks: SEGMENT_BLOCKS x (layers, kv_heads, head_dim) in the model's dtype
-            | up to SEGMENT_BLOCKS records (``planes``)
+            | up to SEGMENT_BLOCKS records (``layout``)
 
 A block's keys and values are read, and checked, plane by plane when they are needed; the keys that stand for blocks all
 at once when a session is opened. What was committed is never overwritten. What lies past the committed number of blocks
 is a leftover of a crash and is written over.
 
-A session that was fetched from a bucket has its blocks there at first: see ``origin``.
+A session that was fetched from a bucket has its blocks there at first: see ``remote``.
 
 Which files these must be is written elsewhere, in the session's tail, as ``Marks``: a segment in another's place, of
 another session or of another time is found out.
@@ -128,8 +128,8 @@ class BlockFiles:
         """The first ``count`` blocks in another folder.
 
         Args:
-            shared: so many of them never change here. Segments that they fill are immutable: both folders name the same
-                files (hard links). The rest is copied.
+            shared: how many of them never change here. Segments that they fill are immutable: both folders name the
+                same files (hard links). The rest is copied.
 
         Raises:
             OSError, CorruptSession.

@@ -2,111 +2,34 @@
 
 The file is a plain tar archive: ``session.db``, the tail, the block files in their order, and ``manifest.json`` with
 the size and SHA-256 of each. What a member must be called, and how large a block file is, follows from those before
-it; so an archive is read in one pass, and nothing in it decides where something is written. Each header is read by
-itself: links, sparse files and tar's extensions are refused, never followed.
+it; so an archive is read in one pass, and nothing in it decides where something is written.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
-import shutil
 import sqlite3
-import tarfile
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager, nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from os import PathLike
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Protocol
+from typing import BinaryIO
 
-from infllm_agent.blocks.segments import BlockFiles
 from infllm_agent.errors import CorruptSession, InfLLMError, SessionExists, SessionLocked, StorageError
-from infllm_agent.maintenance.check import stored_blocks
+from infllm_agent.maintenance.archive_file import ArchiveReader, ArchiveWriter, Progress, Readable
+from infllm_agent.maintenance.committed import Stored, copy_commit, no_damage
 from infllm_agent.platform.faults import storage_errors
-from infllm_agent.platform.files import sync_folder
+from infllm_agent.platform.files import sync_folder, write_atomically
 from infllm_agent.storage.catalog import SESSION_DATABASE, Catalog, SessionInfo, check_name
 from infllm_agent.storage.database import SESSION_SCHEMA, connect, transaction
 from infllm_agent.storage.integrity import FOREIGN, row_damages
-from infllm_agent.storage.rows import (
-    Extent,
-    Generation,
-    SessionRow,
-    copy_rows,
-    read_generation,
-    read_session,
-    write_generation,
-    write_session,
-)
+from infllm_agent.storage.rows import Extent, copy_rows, write_generation, write_session
 from infllm_agent.storage.session_store import SessionStore
-from infllm_agent.storage.tail import TAIL_NAME
 
-FORMAT = 1
-#: The folder that an archive unpacks to. Those of another format have another.
-FOLDER = f"infllm-session-{FORMAT}"
-MANIFEST = "manifest.json"
-MANIFEST_BYTES = 64 << 20
-PIECE = 1 << 20
-
-_FOLDER = re.compile(r"infllm-session-(\d+)/")
 _STATE = ("memory", "tail", "tail_crc", "arriving")  # what a commit's state says that lasts
-
-Progress = Callable[[int], None]
-
-
-class Readable(Protocol):
-    """What an archive is read from."""
-
-    def read(self, size: int, /) -> bytes:
-        """At most so many bytes; none at the end."""
-        ...
-
-
-class Stored(NamedTuple):
-    """What a session's database says of it."""
-
-    session: SessionRow
-    head: Generation
-    fingerprint: dict[str, Any]
-    state: dict[str, Any] | None
-
-    @classmethod
-    def of(cls, conn: sqlite3.Connection) -> Stored:
-        session, head = read_session(conn), read_generation(conn)
-        state = None if head.state is None else json.loads(head.state)
-        return cls(session, head, json.loads(session.fingerprint), state)
-
-    @classmethod
-    def read(cls, folder: Path) -> Stored:
-        """Of a session's folder. Raises CorruptSession, StorageError."""
-        path = folder / SESSION_DATABASE
-        with storage_errors(path), closing(connect(path, SESSION_SCHEMA, readonly=True)) as db:
-            return cls.of(db.conn)
-
-    @property
-    def tail(self) -> str | None:
-        """The name of the tail; None if nothing is committed."""
-        if self.state is None:
-            return None
-        return tail_name(self.state)
-
-    def blocks(self, folder: Path, *, elsewhere: Path | None = None) -> BlockFiles | None:
-        """The files of its blocks, as the tail in ``folder`` says, which is checked; None if nothing is committed."""
-        if self.state is None:
-            if self.head.chunk_end or self.head.blocks:
-                raise CorruptSession("its last generation has chunks or blocks, but no state")
-            return None
-        return stored_blocks(folder, self.fingerprint, self.head, self.state, elsewhere=elsewhere)
-
-
-def tail_name(state: dict[str, Any]) -> str:
-    """The name of a commit's tail, which says no other folder."""
-    name = state["tail"]
-    if not TAIL_NAME.fullmatch(name):
-        raise CorruptSession(f"its tail is called {name[:80]!r}")
-    return str(name)
 
 
 # -- out ---------------------------------------------------------------------------------------------------------------
@@ -131,26 +54,16 @@ def export_session(
         StorageError.
     """
     path = Path(path)
+    sizes = []
     with storage_errors(path):
-        descriptor, unfinished = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=".part", dir=path.parent)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                size = write_archive(root, name, file, progress=progress)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(unfinished, path)
-            sync_folder(path.parent)
-        except BaseException:
-            with suppress(FileNotFoundError):
-                os.unlink(unfinished)
-            raise
-    return size
+        write_atomically(path, lambda file: sizes.append(write_archive(root, name, file, progress=progress)))
+    return sizes[0]
 
 
 def write_archive(
     root: str | PathLike[str], name: str, file: BinaryIO, *, progress: Progress = lambda size: None
 ) -> int:
-    """As ``export_session``, to an open file or pipe."""
+    """Like ``export_session``, to an open file or pipe."""
     with suppress(SessionLocked, StorageError):  # what a killed process left is finished first
         SessionStore.open(root, name).close()
     catalog = Catalog(root)
@@ -162,119 +75,14 @@ def write_archive(
             blocks = stored.blocks(private, elsewhere=folder)
             files = [] if blocks is None else [(path, size, _inode(path)) for path, size in blocks.files()]
             if blocks is not None:
-                _no_damage(blocks.damages())
-        archive = _Writer(file, int(stored.head.updated), progress)
+                no_damage(blocks.damages())
+        archive = ArchiveWriter(file, int(stored.head.updated), progress)
         archive.add(private / SESSION_DATABASE)
         if stored.tail is not None:
             archive.add(private / stored.tail)
         for path, size, inode in files:
             archive.add(path, size, inode)
         return archive.finish(stored)
-
-
-def copy_commit(folder: Path, private: Path) -> Stored:
-    """Copy database and tail of a session, as of one commit, into an empty folder; another process may write meanwhile.
-
-    Raises:
-        CorruptSession, StorageError.
-    """
-    path, copied = folder / SESSION_DATABASE, private / SESSION_DATABASE
-    with storage_errors(path), closing(connect(path, SESSION_SCHEMA, readonly=True)) as db:
-        with _one_commit(db.conn, folder) as tail:
-            with closing(sqlite3.connect(copied)) as copy:
-                db.conn.backup(copy)
-            with closing(connect(copied, SESSION_SCHEMA, durable=False)) as upgraded:
-                _no_damage(row_damages(upgraded.conn, copied))
-                stored = Stored.of(upgraded.conn)
-            if stored.tail is not None and tail is not None:
-                with open(private / stored.tail, "xb") as file:
-                    shutil.copyfileobj(tail, file, PIECE)
-        return stored
-
-
-@contextmanager
-def _one_commit(conn: sqlite3.Connection, folder: Path) -> Iterator[BinaryIO | None]:
-    """See one commit in ``conn``, and its tail, however many follow: they delete the tail, but not from who reads."""
-    number = -1
-    while True:
-        conn.execute("BEGIN")
-        try:
-            head = read_generation(conn)
-            name = None if head.state is None else tail_name(json.loads(head.state))
-            try:
-                opened = nullcontext() if name is None else open(folder / name, "rb")  # noqa: SIM115 (closed below)
-            except FileNotFoundError as error:
-                if head.number == number:  # else the next commit has come between
-                    raise CorruptSession(f"{error.filename}: {error.strerror}") from None
-                number = head.number
-                continue
-            with opened as tail:
-                yield tail
-            return
-        finally:
-            conn.execute("ROLLBACK")
-
-
-class _Writer:
-    """A tar archive under way."""
-
-    def __init__(self, file: BinaryIO, time: int, progress: Progress) -> None:
-        self._file = file
-        self._time = time
-        self._progress = progress
-        self._members: list[dict[str, Any]] = []
-        self._size = 0
-
-    def add(self, path: Path, size: int | None = None, inode: int | None = None) -> None:
-        """A file, or its first bytes. Raises CorruptSession if it is another file than the one by that inode."""
-        with storage_errors(path), path.open("rb") as source:
-            if inode not in (None, os.fstat(source.fileno()).st_ino):
-                raise CorruptSession(f"{path}: the session was rebuilt while it was exported; export it again")
-            size = os.fstat(source.fileno()).st_size if size is None else size
-            self._head(path.name, size)
-            digest, left = hashlib.sha256(), size
-            while left:
-                if not (piece := source.read(min(PIECE, left))):
-                    raise CorruptSession(f"{path}: became shorter while it was read")
-                digest.update(piece)
-                self._write(piece)
-                left -= len(piece)
-        self._pad()
-        self._members.append({"name": path.name, "size": size, "sha256": digest.hexdigest()})
-
-    def finish(self, stored: Stored) -> int:
-        """Write the manifest and the archive's end. Returns the archive's size."""
-        head = stored.head
-        manifest = {
-            "format": FORMAT,
-            "session": stored.session.name,
-            "model": stored.fingerprint.get("model"),
-            "messages": head.messages,
-            "tokens": head.tokens,
-            "blocks": head.blocks,
-            "created": stored.session.created,
-            "updated": head.updated,
-            "members": self._members,
-        }
-        data = json.dumps(manifest, indent=1).encode()
-        self._head(MANIFEST, len(data))
-        self._write(data)
-        self._pad()
-        self._write(bytes(2 * tarfile.BLOCKSIZE))
-        return self._size
-
-    def _head(self, name: str, size: int) -> None:
-        info = tarfile.TarInfo(f"{FOLDER}/{name}")
-        info.size, info.mtime, info.mode = size, self._time, 0o600
-        self._write(info.tobuf(tarfile.GNU_FORMAT))
-
-    def _pad(self) -> None:
-        self._write(bytes(-self._size % tarfile.BLOCKSIZE))
-
-    def _write(self, data: bytes) -> None:
-        self._file.write(data)
-        self._size += len(data)
-        self._progress(len(data))
 
 
 # -- in ----------------------------------------------------------------------------------------------------------------
@@ -310,13 +118,13 @@ def read_archive(
     origin: str = "the archive",
     progress: Progress = lambda size: None,
 ) -> SessionInfo:
-    """As ``import_session``, from an open file or pipe, or whatever reads as one. ``origin`` is what errors call it."""
+    """Like ``import_session``, from anything that reads like a file. ``origin`` is what errors call it."""
     catalog = Catalog(root)
     _check_free(catalog, name)
     with catalog.staging() as staged, _own_words(f"{origin}: refused", {staged: Path()}):
         folder = staged / "session"
         folder.mkdir(0o700)
-        archive = _Reader(file, progress)
+        archive = ArchiveReader(file, progress)
         archive.take(staged / SESSION_DATABASE)
         stored = _copy_rows(staged / SESSION_DATABASE, folder / SESSION_DATABASE)
         name = name or stored.session.name
@@ -326,7 +134,7 @@ def read_archive(
         if (blocks := stored.blocks(folder)) is not None:
             for path, size in blocks.files():
                 archive.take(path, size)
-            _no_damage(blocks.damages())
+            no_damage(blocks.damages())
         archive.finish()
         _write_commit(folder, stored, name)
         sync_folder(folder)
@@ -352,7 +160,7 @@ def _copy_rows(source: Path, target: Path) -> Stored:
             tables = "SELECT name, sql FROM sqlite_master WHERE type = 'table' AND name NOT LIKE '\\_%' ESCAPE '\\'"
             if sorted(theirs.execute(tables)) != sorted(ours.execute(tables)):
                 raise CorruptSession("its session.db has other tables than a session")
-            _no_damage(row_damages(theirs.conn, source))
+            no_damage(row_damages(theirs.conn, source))
             stored = Stored.of(theirs.conn)
         ours.conn.execute("ATTACH ? AS source", (f"{source.as_uri()}?mode=ro",))
         with transaction(ours.conn):
@@ -376,78 +184,6 @@ def _write_commit(folder: Path, stored: Stored, name: str) -> None:
     with closing(connect(folder / SESSION_DATABASE, SESSION_SCHEMA)) as db, transaction(db.conn):
         write_session(db.conn, stored.session._replace(name=name))
         write_generation(db.conn, head)
-
-
-class _Reader:
-    """A tar archive that is read, member by member as they are expected."""
-
-    def __init__(self, file: Readable, progress: Progress) -> None:
-        self._file = file
-        self._progress = progress
-        self._members: list[dict[str, Any]] = []
-
-    def take(self, path: Path, size: int | None = None) -> None:
-        """Write the next member, which must be called so, to a new file, and fsync it.
-
-        Raises CorruptSession if it is another, or not of that size.
-        """
-        found = self._head(path.name)
-        if size not in (None, found):
-            raise CorruptSession(f"{path.name} has {found} bytes; it is of {size}")
-        digest, left = hashlib.sha256(), found
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as made:
-            while left:
-                piece = self._exactly(min(PIECE, left))
-                digest.update(piece)
-                made.write(piece)
-                left -= len(piece)
-            made.flush()
-            os.fsync(made.fileno())
-        self._exactly(-found % tarfile.BLOCKSIZE)
-        self._members.append({"name": path.name, "size": found, "sha256": digest.hexdigest()})
-
-    def finish(self) -> None:
-        """Compare all that was taken with the manifest, behind which nothing may follow."""
-        size = self._head(MANIFEST)
-        if size > MANIFEST_BYTES:
-            raise CorruptSession(f"{MANIFEST} has {size} bytes, more than any session needs")
-        manifest = json.loads(self._exactly(size))
-        if manifest["format"] != FORMAT or manifest["members"] != self._members:
-            raise CorruptSession(f"what it holds is not what its {MANIFEST} says")
-        while piece := self._read(PIECE):
-            if any(piece):
-                raise CorruptSession(f"something follows its {MANIFEST}")
-
-    def _head(self, name: str) -> int:
-        """Read a member's header. Returns the member's size."""
-        try:
-            info = tarfile.TarInfo.frombuf(self._exactly(tarfile.BLOCKSIZE), "utf-8", "strict")
-        except (tarfile.HeaderError, ValueError) as error:
-            raise CorruptSession(f"no tar archive of a session: {error} where {name} should be") from None
-        version = _FOLDER.match(info.name)
-        if version and version[1] != str(FORMAT):
-            raise StorageError(f"it was made by another version (format {version[1][:20]}); upgrade infllm-agent")
-        if info.name != f"{FOLDER}/{name}" or info.type != tarfile.REGTYPE or info.size < 0:
-            raise CorruptSession(f"{info.name[:140]!r} is where the file {FOLDER}/{name} should be")
-        return info.size
-
-    def _exactly(self, size: int) -> bytes:
-        data = bytearray()
-        while len(data) < size:
-            if not (piece := self._read(size - len(data))):
-                raise CorruptSession("it ends too early")
-            data += piece
-        return bytes(data)
-
-    def _read(self, size: int) -> bytes:
-        piece = self._file.read(size)
-        self._progress(len(piece))
-        return piece
-
-
-def _no_damage(found: Iterable[str]) -> None:
-    for damage in found:
-        raise CorruptSession(damage)
 
 
 def _inode(path: Path) -> int | None:

@@ -6,7 +6,7 @@ machines need to go on from a commit. Everything in it is written once:
     sessions/<digest of the name>/<number>.json    the manifest of a published commit; the one with the highest number
                                                    that is whole counts
     sessions/<digest of the name>/<id>.db, .tail   its database and tail
-    segments/<segment's id>/<first>-<stop>-<id>    blocks (``origin``)
+    segments/<segment's id>/<first>-<stop>-<id>    blocks (``blocks.remote``)
 
 A manifest is written last and names the next number, so an upload that is killed changes nothing, and of two machines
 that go on from one commit the second fails: at once where the store can create an object only if there is none (S3,
@@ -16,11 +16,8 @@ local files), else as soon as it looks.
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import tempfile
 import uuid
-import zlib
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -28,65 +25,15 @@ from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
 
-from infllm_agent.blocks.remote import Origin, Parts, as_parts, bucket_errors, open_bucket, part_name
+from infllm_agent.blocks.remote import Origin, bucket_errors, open_bucket, part_name
 from infllm_agent.blocks.segments import BlockFiles
 from infllm_agent.errors import BucketError, CorruptSession, Diverged, InfLLMError, UnknownSession
-from infllm_agent.maintenance.archive import Stored, copy_commit, tail_name
+from infllm_agent.maintenance.committed import Stored, copy_commit
+from infllm_agent.maintenance.manifest import Manifest
 from infllm_agent.platform.faults import storage_errors
-from infllm_agent.platform.files import sync_folder
+from infllm_agent.platform.files import write_atomically
 from infllm_agent.storage.catalog import SESSION_DATABASE, Catalog, check_name
-from infllm_agent.storage.integrity import FOREIGN
 from infllm_agent.storage.session_store import SessionStore
-
-FORMAT = 1
-
-
-class Manifest(NamedTuple):
-    """A published commit.
-
-    Attributes:
-        number: of the manifest, one more than the one before.
-        id: of this commit, everywhere.
-        generation: of the session.
-        tail: the name of the tail in the session's folder; None if nothing was committed.
-        digests: SHA-256 of the database and of the tail.
-        parts: of each segment, by its id.
-        deleted: the session was deleted; there is nothing else of it.
-    """
-
-    number: int
-    id: str
-    name: str
-    generation: int
-    tail: str | None
-    digests: tuple[str, str]
-    parts: dict[str, Parts]
-    deleted: bool = False
-
-    def to_bytes(self) -> bytes:
-        text = json.dumps({"format": FORMAT, **self._asdict()}, sort_keys=True).encode()
-        return text + b"\n%08x" % zlib.crc32(text)
-
-    @classmethod
-    def of(cls, data: bytes) -> Manifest | None:
-        """None for one that was cut off, or damaged.
-
-        Raises:
-            CorruptSession: it is whole, and of another version.
-        """
-        text, _, crc = data.rpartition(b"\n")
-        try:
-            if int(crc, 16) != zlib.crc32(text):
-                return None
-            found = json.loads(text)
-            if found.pop("format") != FORMAT:
-                raise CorruptSession("the bucket was written by another version; upgrade infllm-agent")
-            if found["tail"] is not None:
-                tail_name(found)
-            parts = {str(id): as_parts(value) for id, value in found.pop("parts").items()}
-            return cls(**{**found, "digests": tuple(found["digests"])}, parts=parts)
-        except FOREIGN:
-            return None
 
 
 class Published(NamedTuple):
@@ -261,7 +208,7 @@ class Bucket:
         return Catalog(root).find(name) is not None and self.last(name) is not None and self.is_current(root, name)
 
     def last(self, name: str) -> Manifest | None:
-        """The last published commit of a session; None: there is none, or the session was deleted."""
+        """Return the last published commit of a session; None if nothing was published, or the session was deleted."""
         newest = self._newest(name)
         return None if newest is None or newest.deleted else newest
 
@@ -276,7 +223,7 @@ class Bucket:
 
     @staticmethod
     def _continues(origin: Origin, last: Manifest | None) -> bool:
-        """Whether a folder goes on from the last manifest, or begins a session where there is none."""
+        """Tell whether a folder continues the last manifest, or begins a session that was never published."""
         if origin.base is None:
             return last is None or last.deleted
         return last is not None and last.id == origin.base
@@ -315,30 +262,13 @@ class Bucket:
             with bucket_errors(self.url):
                 if getattr(self._fs, "local_file", False):  # fsspec's own way to create looks first, and writes then
                     self._fs.makedirs(place.rpartition("/")[0], exist_ok=True)
-                    self._write_file(Path(place), data, create=create)
+                    write_atomically(Path(place), data, create=create)
                 else:
                     self._fs.pipe_file(place, data, mode="create" if create else "overwrite")
         except BucketError as error:
             if isinstance(error.__cause__, FileExistsError):
                 raise error.__cause__ from None
             raise
-
-    @staticmethod
-    def _write_file(path: Path, data: bytes, *, create: bool) -> None:
-        """On stable storage, and whole whenever it is seen."""
-        made = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
-        try:
-            with open(made, "xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            if create:
-                os.link(made, path)
-            else:
-                os.replace(made, path)
-        finally:
-            made.unlink(missing_ok=True)
-        sync_folder(path.parent)
 
     def _objects(
         self, new: Manifest, blocks: BlockFiles | None, database: bytes, tail: bytes
@@ -361,8 +291,7 @@ class Bucket:
             if hashlib.sha256(data).hexdigest() != digest:
                 raise CorruptSession(f'bucket {self.url}: the {kind} of "{manifest.name}" is not what was published')
             with storage_errors(folder):
-                (folder / path).write_bytes(data)
-                (folder / path).chmod(0o600)
+                write_atomically(folder / path, data)
 
     @staticmethod
     def _give(folder: Path, blocks: BlockFiles) -> None:

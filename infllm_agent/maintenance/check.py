@@ -29,6 +29,7 @@ from infllm_agent.errors import CorruptSession, InfLLMError, SessionLocked, Stor
 from infllm_agent.memory import snapshot
 from infllm_agent.memory.state import Division, MemoryState, WindowState
 from infllm_agent.platform.faults import storage_errors
+from infllm_agent.platform.files import UNFINISHED
 from infllm_agent.platform.locks import LOCK_FILE
 from infllm_agent.storage.catalog import SESSION_DATABASE, Catalog
 from infllm_agent.storage.integrity import FOREIGN
@@ -40,6 +41,7 @@ FILE_MODE, FOLDER_MODE = 0o600, 0o700
 
 _DATABASE = frozenset(SESSION_DATABASE + suffix for suffix in ("", "-wal", "-shm", "-journal"))
 _BLOCKS = re.compile(r"segment-[0-9]+\.kv")
+_OURS = (TAIL_NAME, _BLOCKS, REBUILT, UNFINISHED)
 
 
 class Cure(StrEnum):
@@ -305,7 +307,7 @@ def _file_problems(
     for path in sorted(folder.iterdir()):
         if path.name in known:
             yield from _mode_problems(path)
-        elif not (TAIL_NAME.fullmatch(path.name) or _BLOCKS.fullmatch(path.name) or REBUILT.fullmatch(path.name)):
+        elif not any(pattern.fullmatch(path.name) for pattern in _OURS):
             yield Problem(f"{path}: no file of a session", Cure.MOVE), None
         elif sure:
             remove = partial(shutil.rmtree, path) if path.is_dir() else path.unlink

@@ -93,7 +93,7 @@ def rebuild(
 
 
 def _stretches(chunks: list[tuple[int, int]], tokens: int) -> Iterator[list[tuple[int, int]]]:
-    """The chunks (start, length), about so many tokens of them at a time."""
+    """Group the chunks (start, length) into stretches of about ``tokens`` tokens."""
     first = 0
     for i, (start, length) in enumerate(chunks, 1):
         if i == len(chunks) or start + length - chunks[first][0] >= tokens:

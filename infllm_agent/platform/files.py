@@ -3,9 +3,54 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
-from contextlib import suppress
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
+
+#: What ``write_atomically`` calls a file until it is complete; a process that is killed meanwhile leaves it behind.
+UNFINISHED = re.compile(r"\.[0-9a-f]{32}-.+", re.DOTALL)
+
+
+def write_atomically(path: Path, content: bytes | Callable[[BinaryIO], object], *, create: bool = False) -> None:
+    """Make or replace a file, readable by its owner only. Whoever looks sees the old content or all of the new, even
+    after a power cut; when this returns, the new one is on stable storage.
+
+    Args:
+        content: the bytes, or a function that writes them to the open file.
+        create: never replace a file.
+
+    Raises:
+        OSError: nothing has changed; or, if it is the folder that cannot be synced, the new file is there, but may be
+            lost with the power. FileExistsError: with ``create``, the file exists.
+    """
+    unfinished = path.with_name(f".{uuid.uuid4().hex}-{path.name[-100:]}")
+    try:
+        with new_file(unfinished) as file:
+            if isinstance(content, bytes):
+                file.write(content)
+            else:
+                content(file)
+        if create:
+            os.link(unfinished, path)
+        else:
+            os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """Make a file that is readable by its owner only, and put it on stable storage at the end of the block. Its name
+    lasts when its folder is synced, too. Raises OSError."""
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
@@ -25,10 +70,8 @@ def share(old: Path, new: Path) -> None:
     with suppress(OSError):
         os.link(old, new)
         return
-    shutil.copyfile(old, new)
-    os.chmod(new, 0o600)
-    with open(new, "rb") as file:
-        os.fsync(file.fileno())
+    with open(old, "rb") as source, new_file(new) as copy:
+        shutil.copyfileobj(source, copy)
 
 
 def copy_beginning(old: Path, new: Path, size: int) -> None:
@@ -36,7 +79,7 @@ def copy_beginning(old: Path, new: Path, size: int) -> None:
 
     Raises OSError.
     """
-    with open(old, "rb") as source, open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as copy:
+    with open(old, "rb") as source, new_file(new) as copy:
         while size and (piece := source.read(min(size, 1 << 20))):
             if any(piece):
                 copy.write(piece)
@@ -44,8 +87,6 @@ def copy_beginning(old: Path, new: Path, size: int) -> None:
                 copy.seek(len(piece), os.SEEK_CUR)  # a hole stays one
             size -= len(piece)
         copy.truncate()
-        copy.flush()
-        os.fsync(copy.fileno())
 
 
 def folder_bytes(folder: Path) -> int:

@@ -34,8 +34,7 @@ def branch_base(name: str) -> str:
 
 def family(root: str | PathLike[str], base: str) -> list[SessionInfo]:
     """Find the session named ``base`` and its branches, as of their last commits."""
-    member = re.compile(rf"{re.escape(base)}({_BRANCH})?")
-    return [info for info in Catalog(root).list() if member.fullmatch(info.name)]
+    return list(Catalog(root).family(base))
 
 
 def branch_names(base: str) -> Iterator[str]:

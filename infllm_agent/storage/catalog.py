@@ -6,57 +6,53 @@ unwritable at any time, and what it does not know is read from the folders.
 
 from __future__ import annotations
 
-import json
-import logging
 import os
 import re
 import shutil
-import sqlite3
+import stat
+import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from infllm_agent.errors import CorruptSession, InfLLMError, InvalidName, SessionExists, StorageError, UnknownSession
 from infllm_agent.platform.faults import storage_errors
 from infllm_agent.platform.files import sync_folder
 from infllm_agent.platform.locks import WriterLock, exclusive
-from infllm_agent.storage.database import CATALOG_SCHEMA, SESSION_SCHEMA, connect, transaction
-from infllm_agent.storage.rows import read_generation, read_session
+from infllm_agent.storage.catalog_index import CatalogIndex, Rows, SessionInfo, Stamp, log, read_info, this_boot
+from infllm_agent.storage.database import SESSION_SCHEMA, connect
 
-log = logging.getLogger(__name__)
+__all__ = ["SESSION_DATABASE", "Catalog", "SessionInfo", "check_name", "read_info"]
 
 SESSION_DATABASE = "session.db"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,127}")
 _ID = re.compile(r"[0-9a-f]{32}")
-_NEW, _DELETED, _STAGED = ".new-", ".deleted-", ".staged-"
-_COLUMNS = ("id", "name", "generation", "messages", "tokens", "blocks", "bytes_on_disk", "created", "updated", "model")
+_BRANCH = re.compile(r"\.b[1-9][0-9]*")
+_NEW, _DELETED, _STAGED = _LEFTOVERS = (".new-", ".deleted-", ".staged-")
+#: A folder's times are those of the clock's last tick, which may be 10 ms ago; of some file systems, of the last second
+#: or the one before. A change in the tick in which the folder was read would not show.
+_TICK_NS, _COARSE_TICK_NS = 50_000_000, 2_500_000_000
 
 
-@dataclass(frozen=True)
-class SessionInfo:
-    """What a list of sessions shows. Times are unix seconds; ``model`` is the fingerprint's entry of that name.
+class _Found(NamedTuple):
+    """Sessions as the folders say.
 
-    ``bytes`` has device, host and disk; the first two are 0 here, as a session at rest is on disk only.
+    Attributes:
+        infos: by id.
+        problems: of each folder that neither the catalogue knows nor anybody can read.
+        indexed: whether the catalogue now says the same.
     """
 
-    name: str
-    id: str
-    generation: int
-    messages: int
-    tokens: int
-    blocks: int
-    bytes: dict[str, int]
-    created: float
-    updated: float
-    model: str
+    infos: dict[str, SessionInfo]
+    problems: dict[str, str]
+    indexed: bool
 
 
 def check_name(name: str) -> str:
-    """The name itself, if a session may be called so; else InvalidName."""
+    """Return a name that a session may have; raise InvalidName for any other."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise InvalidName(
             f"session name {str(name)[:140]!r}: 1 to 128 of the letters A-Z a-z, digits and _ . : -, "
@@ -65,55 +61,40 @@ def check_name(name: str) -> str:
     return name
 
 
-def read_info(conn: sqlite3.Connection, id: str) -> SessionInfo:
-    """A session's line in the catalogue, read from its own database. Call it inside ``storage_errors``."""
-    session, last = read_session(conn), read_generation(conn)
-    return SessionInfo(
-        name=session.name,
-        id=id,
-        generation=last.number,
-        messages=last.messages,
-        tokens=last.tokens,
-        blocks=last.blocks,
-        bytes={"device": 0, "host": 0, "disk": last.bytes_on_disk},
-        created=session.created,
-        updated=last.updated,
-        model=str(json.loads(session.fingerprint).get("model", "")),
-    )
-
-
 class Catalog:
-    """All sessions of one root. Holds nothing open between calls; any number of them may be in use at once."""
+    """All sessions of one root. Holds nothing open between calls; any number of them may be in use at once.
+
+    What a killed ``add``, ``delete`` or ``staging`` left behind is removed by the next who looks at the folders.
+    """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
-        """Writes nothing, except that it removes what a killed ``add``, ``delete`` or ``staging`` left behind."""
         self.root = Path(os.path.realpath(root))
         self._sessions = self.root / "sessions"
-        self._index = self.root / "catalog.db"
-        self._collect_leftovers()
+        self._index = CatalogIndex(self.root / "catalog.db")
 
     def list(self) -> Sequence[SessionInfo]:
-        """Every readable session, by name. Raises StorageError if the root cannot be read."""
-        return sorted(self._current()[0].values(), key=lambda info: (info.name, info.id))
+        """List every readable session, by name. Raises StorageError if the root cannot be read."""
+        return sorted(self._current().infos.values(), key=lambda info: (info.name, info.id))
 
     def problems(self) -> Sequence[str]:
-        """One line for each session folder that cannot be read, whether or not the catalogue still knows its name."""
+        """Return a line for each session folder that cannot be read, whether or not the catalogue knows its name."""
         return list(self._read(self._folder_ids())[1].values())
 
     def survey(self) -> tuple[dict[str, SessionInfo], dict[str, str]]:
-        """Every session by id, read from its folder; and of each folder that cannot be read, what is wrong with it.
+        """Read every folder: the sessions by id, and what is wrong with each folder that cannot be read.
 
         Raises StorageError if the root cannot be read.
         """
+        self._collect_leftovers()
         return self._read(self._folder_ids())
 
     def name_of(self, id: str) -> str | None:
-        """What the catalogue calls a session, whose folder may be unreadable."""
-        info = self._rows().get(id)
+        """Return the name that the catalogue has for a session, whose folder may be unreadable."""
+        info = self._index.rows().infos.get(id)
         return info.name if info else None
 
     def strays(self) -> Sequence[Path]:
-        """What lies among the session folders and is none."""
+        """List what lies among the session folders without being one."""
         with storage_errors(self._sessions), suppress(FileNotFoundError), os.scandir(self._sessions) as entries:
             ours = (_NEW, _DELETED, _STAGED)
             return [
@@ -124,48 +105,54 @@ class Catalog:
         return []
 
     def damage(self) -> str | None:
-        """What is wrong with the catalogue itself, in a line; None if it is whole, missing, or only behind."""
-        if not self._index.exists():
-            return None
-        try:
-            with storage_errors(self._index), closing(connect(self._index, CATALOG_SCHEMA, readonly=True)) as db:
-                result = str(db.conn.execute("PRAGMA integrity_check(1)").fetchone()[0])
-                if result != "ok":
-                    return f"{self._index} is damaged: {result}"
-        except CorruptSession as error:
-            return str(error)
-        rows = self._rows()
+        """Return what is wrong with the catalogue itself, in a line; None if it is whole, missing, or only behind."""
+        if (damage := self._index.damage()) is not None:
+            return damage
+        rows = self._index.rows().infos
         for id, info in self._read(rows.keys() & self._folder_ids())[0].items():
             # Rows follow commits, so that one may be behind; one that is not says what the folder says.
             if rows[id].generation >= info.generation and rows[id] != info:
-                return f'{self._index}: says of session "{info.name}" what its folder does not'
+                return f'{self._index.path}: says of session "{info.name}" what its folder does not'
         return None
 
     def find(self, name: str) -> str | None:
-        """The id of the session called ``name``, or None.
+        """Return the id of the session called ``name``, or None.
 
         Raises InvalidName, or StorageError if the root cannot be read or holds two sessions by that name (a folder
         was copied in by hand).
         """
-        check_name(name)
-        ids = [id for id, info in self._current()[0].items() if info.name == name]
-        if len(ids) > 1:
-            folders = ", ".join(sorted(ids))
-            raise StorageError(f'{self._sessions}: several folders hold a session "{name}" ({folders}); move one away')
-        return ids[0] if ids else None
+        return self._only(name, self._named(check_name(name)).infos)
+
+    def family(self, base: str) -> Sequence[SessionInfo]:
+        """List the session called ``base`` and its branches, ``base.b2`` and so on, by name, as of their last commits.
+
+        Raises InvalidName, StorageError.
+        """
+        found = self._named(check_name(base), family=True).infos.values()
+        return sorted(found, key=lambda info: (info.name, info.id))
 
     def require(self, name: str) -> str:
-        """As ``find``, but raises UnknownSession, with the names there are, instead of returning None."""
-        id = self.find(name)
+        """Like ``find``, but raises UnknownSession, with the names there are, instead of returning None."""
+        found = self._named(check_name(name))
+        id = self._only(name, found.infos)
         if id is not None:
             return id
-        known, problems = self._current()
-        names = [info.name for info in sorted(known.values(), key=lambda info: -info.updated)]
-        listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        if found.indexed:
+            names, count = self._index.newest(5)
+        else:
+            known = sorted(self._current().infos.values(), key=lambda info: -info.updated)
+            names, count = [info.name for info in known[:5]], len(known)
+        listed = ", ".join(names) + (f" and {count - 5} more" if count > 5 else "")
         hint = f"; sessions there: {listed}" if names else "; there are none yet"
-        if problems:
-            hint += f"; not readable: {next(iter(problems.values()))}"
+        if found.problems:
+            hint += f"; not readable: {next(iter(found.problems.values()))}"
         raise UnknownSession(f'no session "{name}" in {self.root}{hint}')
+
+    def _only(self, name: str, found: Collection[str]) -> str | None:
+        if len(found) > 1:
+            folders = ", ".join(sorted(found))
+            raise StorageError(f'{self._sessions}: several folders hold a session "{name}" ({folders}); move one away')
+        return next(iter(found), None)
 
     def rebuild(self) -> None:
         """Read every folder again and make the catalogue say what they say. Raises StorageError if it cannot.
@@ -174,11 +161,11 @@ class Catalog:
         """
         ids = self._folder_ids()
         found, _ = self._read(ids)
-        rows = self._rows()
+        rows = self._index.rows().infos
         if self.damage():
-            self._discard()
+            self._index.discard()
         kept = {id: info for id, info in (rows | found).items() if id in ids}
-        self._store(kept.values(), rows.keys() - ids, replace=True)
+        self._index.store(kept.values(), rows.keys() - ids, replace=True)
 
     def delete(self, name: str) -> None:
         """Remove a session and all its bytes.
@@ -189,7 +176,7 @@ class Catalog:
         self._remove(self.require(name), name)
 
     def delete_unchanged(self, info: SessionInfo) -> bool:
-        """As ``delete``, but only if the session's last commit is still the one that ``info`` tells of; else False."""
+        """Like ``delete``, but only if the last commit is still the one that ``info`` tells of; else False."""
         return self._remove(info.id, info.name, info.generation)
 
     def _remove(self, id: str, name: str, generation: int | None = None) -> bool:
@@ -209,7 +196,7 @@ class Catalog:
                         shutil.rmtree(doomed)
         finally:
             lock.release()
-        self._store_if_possible((), (id,))
+        self._note((), (id,))
         return True
 
     def folder(self, id: str) -> Path:
@@ -235,7 +222,7 @@ class Catalog:
         check_name(name)
         self._make_root()
         with exclusive(self._sessions):
-            if self.find(name) is not None:
+            if self._named(name, tidy=False).infos:  # tidying takes this lock, too
                 raise SessionExists(f'session "{name}" already exists in {self.root}')
             id = uuid.uuid4().hex
             prepared = self._sessions / (_NEW + id)
@@ -270,28 +257,96 @@ class Catalog:
 
     def record(self, info: SessionInfo) -> None:
         """Note a session's new figures. Never fails: the catalogue is an index, and the folder has the truth."""
-        self._store_if_possible((info,), ())
+        self._note((info,), ())
 
-    def _current(self) -> tuple[dict[str, SessionInfo], dict[str, str]]:
-        """Sessions by id, and the problem of each folder that is neither in the catalogue nor readable."""
-        # The rows first: a row is written after its folder, so a row without folder was deleted, not just created.
-        rows = self._rows()
-        ids = self._folder_ids()
-        found, problems = self._read(ids - rows.keys())
-        gone = rows.keys() - ids
-        if found or gone:
-            self._store_if_possible(found.values(), gone)
-        return {id: info for id, info in (rows | found).items() if id in ids}, problems
+    def _note(self, infos: Iterable[SessionInfo], gone: Iterable[str]) -> None:
+        try:
+            self._index.store(infos, gone)
+        except InfLLMError as error:
+            log.info("catalogue not updated: %s", error)
+
+    def _named(self, name: str, *, family: bool = False, tidy: bool = True) -> _Found:
+        """Find the sessions called ``name``, and its branches if its family is asked for. The catalogue alone is asked,
+        unless something came or went among the folders since the two were last compared."""
+        if (status := self._status()) is None:
+            return _Found({}, {}, indexed=True)
+        stamp, rows = _stamp(status), self._index.named(name, family=family)
+        if rows.as_of == stamp and all(self._is_folder(id) for id in rows.infos):
+            found = _Found(rows.infos, {}, indexed=True)
+        elif rows.as_of is not None and rows.as_of.boot == stamp.boot:
+            rows = self._index.named(name, family=family, all_ids=True)
+            moved = {id for id in rows.infos if not self._is_folder(id)}
+            found = self._compared(rows, known=set(rows.ids) - moved, tidy=tidy)
+        else:
+            found = self._current(tidy=tidy)
+        infos = {
+            id: info
+            for id, info in found.infos.items()
+            if info.name == name or (family and info.name.startswith(name) and _BRANCH.fullmatch(info.name, len(name)))
+        }
+        return found._replace(infos=infos)
+
+    def _current(self, *, tidy: bool = True) -> _Found:
+        """Find every session."""
+        return self._compared(self._index.rows(), tidy=tidy)
+
+    def _compared(self, rows: Rows, *, known: Collection[str] = (), tidy: bool) -> _Found:
+        """Compare the catalogue with the folders, and make it follow them.
+
+        Args:
+            rows: those that are looked for, and the ids of all. They were read before the folders are: a row is written
+                after its folder, so a row without folder was deleted, not just created.
+            known: ids of which it need not be asked whether they are folders.
+
+        Returns:
+            Of the rows those that have a folder, and the sessions that the catalogue did not know.
+        """
+        now, status = time.time_ns(), self._status()
+        there, unfinished = self._listed(known)
+        found, problems = self._read(there - set(rows.ids))
+        as_of = None
+        if status is not None:
+            as_of = _stamp(status)
+            if problems or unfinished or not _shows_changes(status, now):
+                as_of = as_of._replace(folder="")
+            if as_of == rows.as_of or (not as_of.folder and rows.as_of is not None and as_of.boot == rows.as_of.boot):
+                as_of = None  # nothing new
+        indexed = self._index.follow(found.values(), set(rows.ids) - there, len(there), as_of)
+        if tidy and unfinished:
+            self._collect_leftovers()
+        return _Found({id: info for id, info in (rows.infos | found).items() if id in there}, problems, indexed)
+
+    def _status(self) -> os.stat_result | None:
+        """Look at the folder of the sessions; None before the first session. Raises StorageError."""
+        with storage_errors(self._sessions), suppress(FileNotFoundError):
+            status = os.lstat(self._sessions)
+            if stat.S_ISLNK(status.st_mode):
+                raise StorageError(f"{self._sessions}: refused, because it is a symbolic link")
+            return status
+        return None
 
     def _folder_ids(self) -> set[str]:
-        with storage_errors(self._sessions):
-            try:
-                if self._sessions.is_symlink():
-                    raise StorageError(f"{self._sessions}: refused, because it is a symbolic link")
-                with os.scandir(self._sessions) as entries:
-                    return {e.name for e in entries if _ID.fullmatch(e.name) and e.is_dir(follow_symlinks=False)}
-            except FileNotFoundError:
-                return set()
+        return self._listed()[0]
+
+    def _listed(self, known: Collection[str] = ()) -> tuple[set[str], bool]:
+        """List the ids of the sessions that are there, and tell whether anything beside them is under way or left
+        behind. Raises StorageError."""
+        ids, unfinished = set(), False
+        if self._status() is not None:
+            with storage_errors(self._sessions), suppress(FileNotFoundError), os.scandir(self._sessions) as entries:
+                for entry in entries:
+                    name = entry.name
+                    if name in known or (_ID.fullmatch(name) and entry.is_dir(follow_symlinks=False)):
+                        ids.add(name)
+                    elif name.startswith(_LEFTOVERS):
+                        unfinished = True
+        return ids, unfinished
+
+    def _is_folder(self, id: str) -> bool:
+        try:
+            return stat.S_ISDIR(os.lstat(self._sessions / id).st_mode)
+        except OSError:
+            return False
 
     def _read(self, ids: Iterable[str]) -> tuple[dict[str, SessionInfo], dict[str, str]]:
         found, problems = {}, {}
@@ -305,60 +360,13 @@ class Catalog:
                     problems[id] = str(error)
         return found, problems
 
-    def _rows(self) -> dict[str, SessionInfo]:
-        """What the catalogue says; nothing if it is missing or unusable."""
-        if not self._index.exists():
-            return {}
-        try:
-            with storage_errors(self._index), closing(connect(self._index, CATALOG_SCHEMA, readonly=True)) as db:
-                rows = db.conn.execute(f"SELECT {', '.join(_COLUMNS)} FROM sessions").fetchall()
-        except InfLLMError as error:
-            log.info("catalogue not readable, the session folders are read instead: %s", error)
-            return {}
-        return {row[0]: _from_row(row) for row in rows}
-
-    def _store_if_possible(self, infos: Iterable[SessionInfo], gone: Iterable[str]) -> None:
-        try:
-            self._store(infos, gone)
-        except InfLLMError as error:
-            log.info("catalogue not updated: %s", error)
-
-    def _store(self, infos: Iterable[SessionInfo], gone: Iterable[str], *, replace: bool = False) -> None:
-        infos, gone = list(infos), list(gone)
-        try:
-            self._write(infos, gone, replace=replace)
-        except CorruptSession:
-            self._discard()
-            self._write(infos, gone, replace=replace)
-
-    def _discard(self) -> None:
-        with storage_errors(self._index):
-            for suffix in ("", "-journal", "-wal", "-shm"):
-                self._index.with_name(self._index.name + suffix).unlink(missing_ok=True)
-
-    def _write(self, infos: Iterable[SessionInfo], gone: Iterable[str], *, replace: bool) -> None:
-        # Whoever read a folder may come here later than the commit that followed: never go back a generation.
-        guard = "" if replace else " WHERE excluded.generation >= sessions.generation"
-        updates = ", ".join(f"{column} = excluded.{column}" for column in _COLUMNS)
-        with (
-            storage_errors(self._index),
-            closing(connect(self._index, CATALOG_SCHEMA, create=True, durable=False)) as db,
-            transaction(db.conn),
-        ):
-            db.conn.executemany(
-                f"INSERT INTO sessions ({', '.join(_COLUMNS)}) VALUES ({', '.join('?' * len(_COLUMNS))})"
-                f" ON CONFLICT (id) DO UPDATE SET {updates}{guard}",
-                [_as_row(info) for info in infos],
-            )
-            db.conn.executemany("DELETE FROM sessions WHERE id = ?", [(id,) for id in gone])
-
     def _make_root(self) -> None:
         with storage_errors(self._sessions):
             self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
             with suppress(FileExistsError):
                 self._sessions.mkdir(mode=0o700)
                 sync_folder(self.root)
-            self._folder_ids()  # refuses a symbolic link
+            self._status()  # refuses a symbolic link
 
     def _collect_leftovers(self) -> None:
         # On a root that we cannot write to, they stay; they are never taken for sessions.
@@ -371,15 +379,16 @@ class Catalog:
 
     def _leftovers(self) -> Sequence[Path]:
         with os.scandir(self._sessions) as entries:
-            return [self._sessions / e.name for e in entries if e.name.startswith((_NEW, _DELETED, _STAGED))]
+            return [self._sessions / e.name for e in entries if e.name.startswith(_LEFTOVERS)]
 
 
-def _as_row(info: SessionInfo) -> tuple[object, ...]:
-    """The values of ``_COLUMNS``."""
-    return tuple(info.bytes["disk"] if column == "bytes_on_disk" else getattr(info, column) for column in _COLUMNS)
+def _stamp(status: os.stat_result) -> Stamp:
+    """What ``CatalogIndex`` keeps of a folder."""
+    times = (status.st_mtime_ns, status.st_ctime_ns)
+    return Stamp(this_boot(), " ".join(map(str, (status.st_dev, status.st_ino, status.st_nlink, *times))))
 
 
-def _from_row(row: tuple[Any, ...]) -> SessionInfo:
-    values = dict(zip(_COLUMNS, row, strict=True))
-    sizes = {"device": 0, "host": 0, "disk": values.pop("bytes_on_disk")}
-    return SessionInfo(bytes=sizes, **values)
+def _shows_changes(status: os.stat_result, now: int) -> bool:
+    """Whether a change of a folder from now (in ns) on would give it another time."""
+    coarse = status.st_mtime_ns % 1_000_000_000 == 0
+    return now - max(status.st_mtime_ns, status.st_ctime_ns) > (_COARSE_TICK_NS if coarse else _TICK_NS)

@@ -22,8 +22,8 @@ from infllm_agent.platform.faults import storage_errors
 
 BUSY_SECONDS = 5.0
 
-SESSION_SCHEMA = Migrations("infllm_agent.session.session")
-CATALOG_SCHEMA = Migrations("infllm_agent.storage.catalog")
+SESSION_SCHEMA = Migrations("infllm_agent.session")
+CATALOG_SCHEMA = Migrations("infllm_agent.catalog")
 
 
 @SESSION_SCHEMA(name="001_session")
@@ -85,8 +85,19 @@ def _catalog_001(db: Database) -> None:
     )
 
 
-#: Migrations that only add columns and tables: whoever just reads can do without them.
-ADDITIONS = frozenset({"002_tools", "003_traces"})
+@CATALOG_SCHEMA(name="002_names")
+def _catalog_002(db: Database) -> None:
+    db.execute("CREATE INDEX sessions_name ON sessions (name)")
+    db.execute("CREATE INDEX sessions_updated ON sessions (updated)")
+    # when the rows were last compared with the session folders: which boot of the machine, and the folders' own state
+    db.execute(
+        """CREATE TABLE comparison (
+            only INTEGER PRIMARY KEY CHECK (only = 1), boot TEXT NOT NULL, folder TEXT NOT NULL)"""
+    )
+
+
+#: Migrations that only add columns, tables and indexes: whoever just reads can do without them.
+ADDITIONS = frozenset({"002_tools", "003_traces", "002_names"})
 
 
 def connect(

@@ -70,7 +70,7 @@ def write_fork(
 
 
 def fork_stored(root: str | PathLike[str], source: str, name: str, messages: int | None = None) -> SessionInfo:
-    """Fork a session as it was last committed, without its model: after all its messages, or the first so many.
+    """Fork a session as it was last committed, without its model: after its first ``messages``; None: all.
 
     Raises:
         UnknownSession, SessionLocked (the source is open for writing), UnknownMessage, SessionExists, InvalidName,

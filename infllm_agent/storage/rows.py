@@ -174,7 +174,7 @@ def chunk_run(conn: sqlite3.Connection, token: int) -> tuple[int, int, int]:
 
 
 def message_row(message: Message) -> tuple[Any, ...]:
-    """The message as ``MESSAGE_COLUMNS``. Raises ValueError for a time that is none."""
+    """The message as ``MESSAGE_COLUMNS``. Raises ValueError unless its time is finite."""
     m = message
     if not math.isfinite(m.time):
         raise ValueError(f"message {m.index}: time {m.time} is not a time")

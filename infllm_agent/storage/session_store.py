@@ -47,6 +47,7 @@ from infllm_agent.storage.rows import (
     write_generation,
     write_session,
 )
+from infllm_agent.storage.search import search
 from infllm_agent.trace import Trace
 
 __all__ = ["Message", "SessionStore"]
@@ -125,7 +126,7 @@ class SessionStore:
 
     @classmethod
     def open_or_create(cls, root: str | PathLike[str], name: str, fingerprint: dict[str, Any]) -> SessionStore:
-        """Open a session for writing, made now if there is none.
+        """Open a session for writing; make it if it does not exist.
 
         An existing one keeps its own fingerprint: compare it. Raises what ``open`` and ``create`` raise, except
         UnknownSession and SessionExists.
@@ -141,7 +142,7 @@ class SessionStore:
                 pass  # made by another process just now
 
     def check_free(self, name: str) -> None:
-        """Raise SessionExists or InvalidName if a new session beside this one cannot be called so."""
+        """Raise SessionExists or InvalidName unless a new session in the same root may have this name."""
         if self._catalog.find(name) is not None:
             raise SessionExists(f'session "{name}" already exists in {self._catalog.root}')
 
@@ -218,7 +219,7 @@ class SessionStore:
 
     @property
     def state(self) -> dict[str, Any] | None:
-        """What the last commit was given as ``state``; None before the first."""
+        """The ``state`` that the last commit was given; None before the first."""
         text = self._head().state
         if text is None:
             return None
@@ -348,7 +349,7 @@ class SessionStore:
             return expand_runs(rows, end)
 
     def chunk_boundary(self, token: int, fits: Callable[[int, int], bool] = lambda length, end: True) -> int:
-        """The last end of an execution chunk at or before a token that ``fits(length, end)``; 0 if there is none."""
+        """Return the last end of an execution chunk, at or before a token, that ``fits(length, end)``; else 0."""
         with self._using() as conn:
             while token > 0:
                 start, length, count = chunk_run(conn, token - 1)
@@ -379,35 +380,8 @@ class SessionStore:
             stop: only messages whose index is below it.
             not_from: names whose messages are left out.
         """
-        literal = query.encode("utf-8", "replace").decode("utf-8").strip()
-        if not literal or limit < 1:
-            return []
-        # Each word in quotes is a phrase, whatever is in it; a NUL would end the expression for SQLite.
-        words = dict.fromkeys(word for word in literal.replace("\0", " ").split() if any(map(str.isalnum, word)))
-        expression = " ".join('"' + word.replace('"', '""') + '"' for word in words)
-        bounds: list[tuple[str, Any]] = [("position >= ?", 0)]
-        bounds += [("time >= ?", after.timestamp())] if after else []
-        bounds += [("time < ?", before.timestamp())] if before else []
-        bounds += [("position < ?", stop)] if stop is not None else []
-        bounds += [("name IS NOT ?", name) for name in not_from]
-        within = " AND ".join(bound for bound, _ in bounds)
-        values = [value for _, value in bounds]
         with self._using() as conn:
-            table = f"(SELECT {message_columns(conn)} FROM messages) AS m"
-            rows = []
-            if expression:
-                rows = conn.execute(
-                    f"SELECT m.* FROM messages_fts JOIN {table} ON position = messages_fts.rowid"
-                    f" WHERE messages_fts MATCH ? AND {within} ORDER BY messages_fts.rowid DESC LIMIT ?",
-                    (expression, *values, limit),
-                ).fetchall()
-            if not rows:
-                rows = conn.execute(
-                    f"SELECT m.* FROM {table} WHERE (instr(m.text, ?) > 0 OR instr(calls, ?) > 0) AND {within}"
-                    " ORDER BY position DESC LIMIT ?",
-                    (literal, literal, *values, limit),
-                ).fetchall()
-            return as_messages(rows)
+            return search(conn, query, limit, after=after, before=before, stop=stop, not_from=not_from)
 
     @property
     def committed(self) -> Generation:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import uuid
 import zlib
@@ -14,23 +13,18 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from infllm_agent.errors import CorruptSession, StorageError
-from infllm_agent.platform.files import sync_folder
+from infllm_agent.platform.files import write_atomically
 
 #: What a tail file is called.
 TAIL_NAME = re.compile(r"tail-[0-9a-f]{32}\.safetensors")
 
 
 def write_tail(folder: Path, tensors: dict[str, Tensor]) -> tuple[str, int]:
-    """Write a new tail file and fsync it; the one in use is not touched. Returns its name and CRC-32."""
+    """Put a new tail file on stable storage; the one in use is not touched. Returns its name and CRC-32."""
     # A name of its own each time: after a failed commit two tails may claim to be the next generation.
     name = f"tail-{uuid.uuid4().hex}.safetensors"
     data = safetensors.torch.save(tensors)
-    descriptor = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    sync_folder(folder)
+    write_atomically(folder / name, data)
     return name, zlib.crc32(data)
 
 
@@ -60,6 +54,6 @@ def remove_other_tails(folder: Path, keep: str) -> None:
     """Collect the tails of earlier generations and of commits that never happened. What cannot be removed now is
     removed after the next commit."""
     with contextlib.suppress(OSError):
-        for path in list(folder.glob("tail-*.safetensors")):
+        for path in list(folder.glob("*tail-*.safetensors")):  # those that are not complete, too
             if path.name != keep:
                 path.unlink()

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-import uuid
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any, NamedTuple
 
 from infllm_agent.errors import StorageError
 from infllm_agent.platform.faults import storage_errors
-from infllm_agent.platform.files import sync_folder
+from infllm_agent.platform.files import sync_folder, write_atomically
 
 _SESSION = re.compile("[0-9a-f]{32}")
 
@@ -55,17 +54,7 @@ class KeptResponses:
                 path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
                 sync_folder(self._folder.parent)
                 sync_folder(self._folder)
-            unfinished = path.with_name(f".{uuid.uuid4().hex}.part")
-            try:
-                with os.fdopen(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-                    file.write(json.dumps(response, allow_nan=False).encode())
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(unfinished, path)
-                sync_folder(path.parent)
-            except BaseException:
-                unfinished.unlink(missing_ok=True)
-                raise
+            write_atomically(path, json.dumps(response, allow_nan=False).encode())
 
     def find(self, key: Key) -> dict[str, Any] | None:
         """Load a response as it was given; None if it is not stored. Raises StorageError."""

@@ -721,7 +721,7 @@ def test_the_schema_as_released() -> None:
     """A released migration never changes; add one, and a test that opens a session made before it."""
     with closing(Database(memory=True)) as db:
         assert [m.name for m in SESSION_SCHEMA.pending(db)] == ["001_session", "002_tools", "003_traces"]
-        assert [m.name for m in CATALOG_SCHEMA.pending(db)] == ["001_catalog"]
+        assert [m.name for m in CATALOG_SCHEMA.pending(db)] == ["001_catalog", "002_names"]
 
 
 @pytest.mark.parametrize("closed", [True, False], ids=["closed", "killed"])

@@ -10,6 +10,7 @@ from pathlib import Path
 from infllm_agent.cli.output import message_fields, message_head
 from infllm_agent.errors import InfLLMError
 from infllm_agent.messages import Message
+from infllm_agent.platform.files import write_atomically
 from infllm_agent.platform.text import printable
 
 
@@ -27,15 +28,8 @@ def save(path: Path, messages: Iterable[Message], *, overwrite: bool = False) ->
         raise InfLLMError(f"{path}: give a name that ends in {', '.join(FORMS)}")
     if not overwrite and os.path.lexists(path):
         raise InfLLMError(f"{path} is there already: /save! {path} overwrites it")
-    # Beside the file first: whatever fails, an older one stays whole.
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        try:
-            with open(partial, "w", encoding="utf-8", newline="\n") as file:
-                file.writelines(form(message) for message in messages)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_atomically(path, lambda file: file.writelines(form(message).encode() for message in messages))
     except OSError as error:
         raise InfLLMError(f"{path} cannot be written: {error.strerror or error}") from None
 
