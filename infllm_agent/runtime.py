@@ -9,6 +9,7 @@ from contextlib import aclosing
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from infllm_agent.agent.events import AgentEvent, AgentRun
 from infllm_agent.agent.loop import arun_agent, astream_agent, run_agent, stream_agent
@@ -76,6 +77,7 @@ class AgentRuntime:
         if memory is not None:
             model.check_memory(memory)
         self._sessions: dict[str, Session] = {}
+        self._published: WeakKeyDictionary[SessionStore, int] = WeakKeyDictionary()  # the last generation of each
         self._held: set[str] = set()  # handed out by ``session`` and ``fork``: they stay open until released
         self._lock = threading.RLock()
         self.tiers = Tiers(
@@ -167,7 +169,6 @@ class AgentRuntime:
         with self.dispatcher.pinned(source):
             original = self.open_for_call(source)
             fork = original.fork(name, messages, cancelled=cancelled)  # without the lock: other sessions go on
-        self._set_up(fork)
         with self._lock:
             self._sessions[name] = fork
             if hold:
@@ -418,27 +419,22 @@ class AgentRuntime:
                     resume_message=resume_message,
                     observer=self.observer,
                     grammars=self.grammars,
+                    trace=self.config.trace,
+                    batch=self.config.batch,
+                    commit_s=self.config.commit_s,
+                    after_commit=self._publish,
                 )
-                self._set_up(session)
             except BaseException:
                 store.close()
                 raise
         self._sessions[name] = session
         return session
 
-    def _set_up(self, session: Session) -> None:
-        session.trace = self.config.trace
-        session.batch = self.config.batch
-        if (bucket := self.bucket) is not None:
-            published = -1
-
-            def publish() -> None:
-                nonlocal published
-                if (generation := session.store.generation) != published:
-                    bucket.publish(self.root, session.name)
-                    published = generation
-
-            session.after_commit = publish
+    def _publish(self, store: SessionStore) -> None:
+        """Publish what a session committed last, unless the bucket has it from here already."""
+        if self.bucket is not None and self._published.get(store) != (generation := store.generation):
+            self.bucket.publish(self.root, store.name)
+            self._published[store] = generation
 
     def _check_budgets(self) -> None:
         device, host = self.tiers.device_budget, self.tiers.host_budget

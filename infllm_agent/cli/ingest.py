@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from infllm_agent.session.message_stream import MessageStream
     from infllm_agent.session.session import Session
 
-#: Streamed messages are committed when about this many tokens have come since the last commit.
-COMMIT_TOKENS = 8192
-
 
 @options
 def ingest(
@@ -85,7 +82,7 @@ def _ingest(
 ) -> None:
     """All the text as one message, or each line as one. A message begins with its first character: none, no message."""
     stream: MessageStream | None = None
-    done, committed = 0, session.token_count
+    done = 0
     for text, ends in split_lines(pieces) if lines else ((piece, False) for piece in pieces):
         if text:
             stream = stream or session.stream(role, name=name)
@@ -93,9 +90,8 @@ def _ingest(
         if ends and stream is not None:
             stream.close()
             stream = None
-            if session.token_count - committed >= COMMIT_TOKENS:
-                session.commit()
-                committed = session.token_count
+        if session.is_due:
+            session.commit()
         done += len(text.encode()) + ends
         show(done, f"{session.token_count:,} tokens")
     if stream is not None:

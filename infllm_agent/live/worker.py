@@ -17,8 +17,6 @@ log = logging.getLogger(__name__)
 
 #: Seconds that a worker waits for the next piece of a message before it leaves.
 LINGER = 0.2
-#: Sealed blocks in host memory from which on a session that reads is committed.
-UNCOMMITTED_BLOCKS = 256
 
 
 class Worker:
@@ -80,7 +78,7 @@ class Worker:
                         head.set_result(None)
                     self.inbox.drop(head)
                 elif not self._more_comes():
-                    if not self._is_arriving() or self._is_due():
+                    if not self._is_arriving() or self.session.is_due:
                         self._commit()
                     if not self.inbox.has_work:
                         return False
@@ -160,7 +158,7 @@ class Worker:
     def _read(self) -> None:
         with suppress(Cancelled):
             self.session.ingest(chunks=1)
-        if self._is_due():
+        if self.session.is_due:
             self._commit()
 
     def _commit(self) -> None:
@@ -168,10 +166,6 @@ class Worker:
         taken, self._taken = self._taken, []
         for receipt, message in taken:
             receipt.set_result(message)
-
-    def _is_due(self) -> bool:
-        since = time.time() - self.session.store.updated  # by whichever worker: a slow message has many
-        return since > self.config.commit_s or self.session.uncommitted_blocks >= UNCOMMITTED_BLOCKS
 
     def _is_cancelled(self) -> bool:
         return self.stopping() or (self._asked is not None and self._asked.cancelled)

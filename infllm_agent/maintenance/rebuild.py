@@ -12,9 +12,9 @@ from infllm_agent.blocks.budgets import Tiers
 from infllm_agent.blocks.segments import BlockFiles
 from infllm_agent.config import MemoryConfig
 from infllm_agent.memory import snapshot
+from infllm_agent.model.replay import replay
 from infllm_agent.platform.faults import storage_errors
 from infllm_agent.platform.files import sync_folder
-from infllm_agent.storage.fork import replay
 from infllm_agent.storage.session_store import SessionStore
 from infllm_agent.storage.tail import remove_other_tails, write_tail
 

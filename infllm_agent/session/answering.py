@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import Tensor
 
 from infllm_agent.chat.call_form import short_id
-from infllm_agent.config import SamplingConfig
-from infllm_agent.errors import Cancelled, ConfigError
+from infllm_agent.chat.format import ChatFormat
+from infllm_agent.config import SamplingConfig, TraceMode
+from infllm_agent.errors import Cancelled, ConfigError, SessionBusy
 from infllm_agent.generation.constraint import Constraint
 from infllm_agent.generation.grammar import Grammars
 from infllm_agent.generation.writer import Writer
 from infllm_agent.memory.trace_recorder import TraceRecorder
 from infllm_agent.messages import Message
 from infllm_agent.reply import Reply, Usage
+from infllm_agent.session.working_copy import State, WorkingCopy
 from infllm_agent.tools import ToolCall, ToolSpec
 from infllm_agent.trace import Trace
-
-if TYPE_CHECKING:
-    from infllm_agent.session.session import Session
 
 
 def writer_for(
@@ -33,7 +34,7 @@ def writer_for(
     parallel_calls: bool,
     schema: dict[str, Any] | None,
 ) -> Writer:
-    """What writes the answer; ``Session.stream_reply`` says what the arguments mean.
+    """Make what writes the answer; ``Session.stream_reply`` says what the arguments mean.
 
     Raises:
         ConfigError: arguments that contradict each other, or a prefix with which the answer cannot begin.
@@ -47,101 +48,155 @@ def writer_for(
     return Writer(chat, config, prefix=prefix, constraint=constraint, names=names)
 
 
-def generate(session: Session, writer: Writer, prefix: str) -> Generator[str, None, None]:
-    """Let the model speak: the answer's text piece by piece; at the end it is the session's last message and reply.
+class Answer:
+    """An answer that is being generated.
 
-    If the iterator is closed early, or the session's ``cancelled`` says so, the answer so far is kept.
+    Args:
+        working: the session it is given in.
+        chat: the model's.
+        writer: what writes it.
+        prefix: the words it begins with.
+        trace: of which of its tokens it is recorded what they attend to.
+        finished: told of it once it stands in the history.
     """
-    # The lock is not held between pieces: the caller may take them from different threads.
-    with session._working():
-        session._idle()
-        session._generating = True
-    began, written = time.perf_counter(), time.time()
-    start = session.token_count
-    recorder = _Recording(session)
-    try:
-        with session._working():
-            fed_before = session.memory.length
-            # The last message and the request to answer go through the model as a chunk of their own: the lookup
-            # is then asked by the question alone. What waits before it goes first.
-            session._feed(max(0, session._last_start - session.memory.length), first=True)
-            session._take(session.chat.generation_prompt() + session.chat.encoder.encode_text(prefix))
-            recorder.attend(0)  # the answer's first token is decided by the question's last
-            logits = session._feed(len(session._pending), before_answer=True)
-    except BaseException:
-        session.memory.recorder = None
-        session._generating = False
-        if session.token_count > start:  # the turn was opened: close it, so that the next message stands well
-            session._take(session.chat.close("assistant"))
-            session._record("assistant", prefix, start, written, None, None)
-        raise
-    input_tokens, prefilled = session.token_count, session.memory.length - fed_before
-    first_token_s = 0.0
-    try:
-        if prefix:
-            yield prefix
-        tokens, piece = writer.begin()
-        while True:
-            if not tokens and not writer.finish_reason:
-                assert logits is not None
-                tokens, piece = writer.write(logits)
-            first_token_s = first_token_s or time.perf_counter() - began
-            session._take(tokens)
-            if piece:
-                yield piece
-            if writer.finish_reason or session.cancelled():
-                break
-            with session._working():
-                recorder.attend(len(writer.generated))
-                try:
-                    logits = session._feed(len(tokens))
-                except Cancelled:  # between chunks of forced tokens
+
+    def __init__(
+        self,
+        working: WorkingCopy,
+        chat: ChatFormat,
+        writer: Writer,
+        *,
+        prefix: str,
+        trace: TraceMode,
+        finished: Callable[[Reply], None],
+    ) -> None:
+        self._working, self._chat, self._writer, self._prefix = working, chat, writer, prefix
+        self._trace, self._finished = trace, finished
+        self._first_token_s = 0.0
+
+    def pieces(self) -> Generator[str, None, None]:
+        """Let the model speak: give the answer's text piece by piece, then enter it in the history.
+
+        If the iterator is closed early, or the session's ``cancelled`` says so, the answer so far is kept.
+
+        Raises:
+            SessionClosed: the session was closed meanwhile; the answer is lost.
+            SessionBusy: the session was rolled back meanwhile; likewise.
+        """
+        # The lock is not held between pieces: the caller may take them from different threads.
+        working, writer = self._working, self._writer
+        logits = self._begin()
+        try:
+            if self._prefix:
+                yield self._prefix
+            tokens, piece = writer.begin()
+            while True:
+                if not tokens and not writer.finish_reason:
+                    assert logits is not None
+                    tokens, piece = writer.write(logits)
+                self._first_token_s = self._first_token_s or time.perf_counter() - self._began
+                with working.use():
+                    self._check_open()
+                    working.take(tokens)
+                if piece:
+                    yield piece
+                if writer.finish_reason or working.cancelled():
                     break
-            tokens = []
-        if piece := writer.finish("cancelled"):
-            yield piece
-    finally:
-        # Also when the caller leaves early: the turn is closed with what was said.
-        session.memory.recorder = None
-        session._generating = False
+                with working.use():
+                    self._check_open()
+                    self._recording.attend(len(writer.generated))
+                    try:
+                        logits = working.feed(len(tokens))
+                    except Cancelled:  # between chunks of forced tokens
+                        break
+                tokens = []
+            if piece := writer.finish("cancelled"):
+                yield piece
+        except BaseException:
+            # Also when the caller leaves early: the turn is closed with what was said.
+            with working.lock:
+                if working.turn is self:
+                    self._complete()
+            raise
+        with working.use():
+            self._check_open()
+            self._complete()
+
+    def _begin(self) -> Tensor | None:
+        """Open the turn and have the model read everything up to it; give the logits of its first token."""
+        working, chat = self._working, self._chat
+        with working.use():
+            working.begin(State.GENERATING, self)
+            self._began, self._time = time.perf_counter(), time.time()
+            self._start, fed_before = working.token_count, working.memory.length
+            try:
+                self._recording = _Recording(working, self._trace)
+                # The last message and the request to answer go through the model as a chunk of their own: the lookup
+                # is then asked by the question alone. What waits before it goes first.
+                working.feed(max(0, working.last_start - fed_before), first=True)
+                working.take(chat.generation_prompt() + chat.encoder.encode_text(self._prefix))
+                self._recording.attend(0)  # the answer's first token is decided by the question's last
+                logits = working.feed(len(working.pending), before_answer=True)
+            except BaseException:
+                working.memory.recorder = None
+                if working.token_count > self._start:  # the turn was opened: close it, so that the next message fits
+                    working.take(chat.close("assistant"))
+                    working.record("assistant", self._prefix, self._start, self._time)
+                working.end()
+                raise
+            self._input_tokens, self._prefilled = working.token_count, working.memory.length - fed_before
+            return logits
+
+    def _check_open(self) -> None:
+        if self._working.turn is not self:
+            raise SessionBusy("this answer was taken back, with what came after the last commit")
+
+    def _complete(self) -> None:
+        """Close the turn and enter the answer in the history."""
+        working, writer, chat = self._working, self._writer, self._chat
+        working.memory.recorder = None
+        working.end()
         writer.finish("cancelled")
-        ended = bool(writer.generated) and writer.generated[-1] in session.chat.stop_ids
-        session._take(session.chat.after_stop(writer.generated[-1]) if ended else session.chat.close("assistant"))
-        calls = _with_ids(session, writer.calls)
-        message = session._record("assistant", writer.text, start, written, None, None, calls)
-        trace = recorder.trace(message)
+        ended = bool(writer.generated) and writer.generated[-1] in chat.stop_ids
+        working.take(chat.after_stop(writer.generated[-1]) if ended else chat.close("assistant"))
+        calls = _with_ids(writer.calls, f"{working.store.id} {working.message_count}")
+        message = working.record("assistant", writer.text, self._start, self._time, calls=calls)
+        trace = self._recording.trace(message)
         if trace.queries:
-            session._new_traces.append(trace)
-        session.last_reply = Reply(
-            text=message.text,
-            usage=Usage(input_tokens, prefilled, input_tokens - prefilled, len(writer.generated)),
-            finish_reason=writer.finish_reason,
-            first_token_s=first_token_s,
-            seconds=time.perf_counter() - began,
-            trace=trace,
-            message=message,
-            tool_calls=calls,
-            invalid_calls=writer.invalid_calls,
+            working.keep_trace(trace)
+        self._finished(
+            Reply(
+                text=message.text,
+                usage=Usage(
+                    self._input_tokens, self._prefilled, self._input_tokens - self._prefilled, len(writer.generated)
+                ),
+                finish_reason=writer.finish_reason,
+                first_token_s=self._first_token_s,
+                seconds=time.perf_counter() - self._began,
+                trace=trace,
+                message=message,
+                tool_calls=calls,
+                invalid_calls=writer.invalid_calls,
+            )
         )
-        session.observer.answered(session.name, session.last_reply)
 
 
 class _Recording:
     """What an answer attends to, for the tokens that the session traces."""
 
-    def __init__(self, session: Session) -> None:
-        memory, config = session.memory, session.config
-        self._session = session
-        self._recorder = TraceRecorder(list(memory.layers), block_size=config.block_size, mode=session.trace)
-        self._counters = memory.cache_counters()
-        self._question_start = session._last_start
+    def __init__(self, working: WorkingCopy, mode: TraceMode) -> None:
+        self._memory = working.memory
+        self._recorder = TraceRecorder(list(self._memory.layers), block_size=working.config.block_size, mode=mode)
+        self._counters = self._memory.cache_counters()
+        self._question_start = working.last_start
 
     def attend(self, token: int) -> None:
-        """What is fed next decides the answer's token of that number."""
-        self._session.memory.recorder = self._recorder if self._recorder.traces(token) else None
+        """Record, if it is traced, what is fed next: it decides the answer's token of that number."""
+        self._memory.recorder = self._recorder if self._recorder.traces(token) else None
 
     def trace(self, answer: Message) -> Trace:
-        memory = self._session.memory
+        """Sum up what was recorded of an answer."""
+        memory = self._memory
         hits, misses = (now - before for now, before in zip(memory.cache_counters(), self._counters, strict=True))
         return self._recorder.trace(
             answer.index, answer.index - 1, self._question_start, n_sinks=memory.n_sinks, hits=hits, misses=misses
@@ -166,11 +221,11 @@ def _constraint(
     return grammars.calls(tools, tool_choice, parallel=parallel_calls)
 
 
-def _with_ids(session: Session, calls: Sequence[ToolCall]) -> tuple[ToolCall, ...]:
-    """The calls, each with an id of its own: results must say what they answer."""
+def _with_ids(calls: Sequence[ToolCall], answer: str) -> tuple[ToolCall, ...]:
+    """Give each call an id of its own, made from the answer's: results must say which call they are of."""
     named: list[ToolCall] = []
     for number, call in enumerate(calls):
         if call.id is None or call.id in [other.id for other in named]:
-            call = replace(call, id=short_id(f"{session.store.id} {session.message_count} {number}"))
+            call = replace(call, id=short_id(f"{answer} {number}"))
         named.append(call)
     return tuple(named)

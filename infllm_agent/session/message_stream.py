@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from infllm_agent.chat.format import TextStream
+from infllm_agent.chat.format import ChatFormat, TextStream
 from infllm_agent.errors import SessionBusy
 from infllm_agent.messages import Message
+from infllm_agent.session.working_copy import State, WorkingCopy
 from infllm_agent.tools import ToolCall, ToolSpec
-
-if TYPE_CHECKING:
-    from infllm_agent.session.session import Session
 
 
 class MessageStream:
@@ -22,41 +20,47 @@ class MessageStream:
 
     def __init__(
         self,
-        session: Session,
+        working: WorkingCopy,
+        chat: ChatFormat,
         role: str,
-        name: str | None,
-        call_id: str | None,
-        calls: tuple[ToolCall, ...],
-        tools: tuple[ToolSpec, ...],
+        *,
+        name: str | None = None,
+        call_id: str | None = None,
+        calls: tuple[ToolCall, ...] = (),
+        tools: tuple[ToolSpec, ...] = (),
     ) -> None:
-        self._session = session
+        self._working, self._chat = working, chat
         self._role, self._name, self._call_id = role, name, call_id
         self._calls, self._tools = calls, tools
-        self._start, self._time = session.token_count, time.time()
+        self._start, self._time = working.token_count, time.time()
         self._pieces: list[str] = []
-        self._tokens = TextStream(session.chat.encoder)
+        self._tokens = TextStream(chat.encoder)
         self.message: Message | None = None
 
     def begin(self) -> MessageStream:
-        """The message begins: what stands before its text enters the session."""
-        session, first = self._session, self._start == 0
-        session._take(
-            session.chat.open(self._role, name=self._name, first=first, tools=self._tools, call_id=self._call_id)
-        )
+        """Open the message: what stands before its text enters the session."""
+        with self._working.use():
+            self._working.check_idle()
+            opening = self._chat.open(
+                self._role, name=self._name, first=self._start == 0, tools=self._tools, call_id=self._call_id
+            )
+            self._working.begin(State.ARRIVING, self)
+            self._working.take(opening)
         return self
 
     @classmethod
-    def resume(cls, session: Session, record: dict[str, Any]) -> MessageStream:
-        """The message that ``record`` was made of, open again. The session has the tokens that it had then."""
+    def resume(cls, working: WorkingCopy, chat: ChatFormat, record: dict[str, Any]) -> MessageStream:
+        """Open the message that ``record`` was made of again. The session has the tokens that it had then."""
         # Neither the assistant's messages nor the system's come in pieces: there are no calls and no tools.
-        stream = cls(session, record["role"], record["name"], record["call_id"], (), ())
+        stream = cls(working, chat, record["role"], name=record["name"], call_id=record["call_id"])
         stream._start, stream._time = record["start"], record["time"]
         stream._pieces = [record["text"]]
         stream._tokens.write(record["held"])  # had no place where words part, so nothing comes out
+        working.begin(State.ARRIVING, stream)
         return stream
 
     def record(self) -> dict[str, Any]:
-        """What has arrived so far, for JSON."""
+        """Describe what has arrived so far, for JSON."""
         return {
             "role": self._role,
             "name": self._name,
@@ -68,37 +72,64 @@ class MessageStream:
         }
 
     def write(self, text: str) -> None:
-        """Append text; returns when all full chunks of it have gone through the model."""
-        with self._session._working():
-            if self._session.open_message is not self:
-                raise SessionBusy("this message is complete; open another")
-            text = self._session.chat.encoder.clean(text)
-            self._pieces.append(text)
-            self._session._take(self._tokens.write(text))
-            self._session._ingest_if_eager()
+        """Append text; returns when all full chunks of it have gone through the model.
 
-    def close(self) -> Message:
-        """Complete the message; more than once does no harm."""
-        with self._session._working():
+        Raises:
+            SessionClosed: the session was closed meanwhile.
+            SessionBusy: the message is complete, or was taken back.
+        """
+        with self._working.use():
+            if self._working.turn is not self:
+                raise SessionBusy("this message is complete; open another")
+            text = self._chat.encoder.clean(text)
+            self._pieces.append(text)
+            self._working.take(self._tokens.write(text))
+            if self._working.eager:
+                self._working.ingest()
+
+    def close(self, *, read: bool = True) -> Message:
+        """Complete the message; more than once does no harm.
+
+        Args:
+            read: False leaves what has not gone through the model waiting in the log, even in an eager session.
+
+        Raises:
+            SessionClosed: the session was closed meanwhile.
+            SessionBusy: the message was taken back.
+        """
+        with self._working.use():
             if self.message is None:
-                if self._session.open_message is not self:
-                    raise SessionBusy("this message was taken back, with what came after the last commit")
-                text = "".join(self._pieces)
-                close = self._session.chat.close(
-                    self._role,
-                    name=self._name,
-                    tools=self._tools,
-                    call_id=self._call_id,
-                    calls=self._calls,
-                    after_text=bool(text),
-                )
-                self._session._take(self._tokens.close() + close)
-                self.message = self._session._record(
-                    self._role, text, self._start, self._time, self._name, self._call_id, self._calls, self._tools
-                )
-                self._session._stream = None
-                self._session._ingest_if_eager()
+                self.message = self._complete()
+                if read and self._working.eager:
+                    self._working.ingest()
             return self.message
+
+    def _complete(self) -> Message:
+        working = self._working
+        if working.turn is not self:
+            raise SessionBusy("this message was taken back, with what came after the last commit")
+        text = "".join(self._pieces)
+        close = self._chat.close(
+            self._role,
+            name=self._name,
+            tools=self._tools,
+            call_id=self._call_id,
+            calls=self._calls,
+            after_text=bool(text),
+        )
+        working.take(self._tokens.close() + close)
+        message = working.record(
+            self._role,
+            text,
+            self._start,
+            self._time,
+            name=self._name,
+            call_id=self._call_id,
+            calls=self._calls,
+            tools=self._tools,
+        )
+        working.end()
+        return message
 
     def __enter__(self) -> MessageStream:
         return self

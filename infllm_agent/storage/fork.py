@@ -7,28 +7,23 @@ full for every session that has them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from infllm_agent.blocks.store import BlockStore
 from infllm_agent.config import MemoryConfig
-from infllm_agent.errors import Cancelled, NeedsModel, UnknownMessage
+from infllm_agent.errors import NeedsModel, UnknownMessage
 from infllm_agent.memory import snapshot
-from infllm_agent.memory.context import ContextMemory
 from infllm_agent.memory.state import Division, MemoryState
 from infllm_agent.storage.catalog import SessionInfo
 from infllm_agent.storage.rows import Extent, Log
 from infllm_agent.storage.session_store import SessionStore
 from infllm_agent.storage.tail import read_tail, write_tail
 
-if TYPE_CHECKING:  # not at run time: most forks need no model, and transformers takes seconds to load
-    from infllm_agent.model.local_model import LocalModel
-
 
 def check_messages(name: str, messages: int | None, count: int) -> int:
-    """How many of a session's ``count`` messages to keep; None is all of them. Raises UnknownMessage."""
+    """Say how many of a session's ``count`` messages to keep; None keeps them all. Raises UnknownMessage."""
     if messages is None:
         return count
     if not 0 <= messages <= count:
@@ -98,21 +93,3 @@ def fork_stored(root: str | PathLike[str], source: str, name: str, messages: int
         kept = Extent(kept_messages, tokens, length)
         with write_fork(store, name, state, blocks, config=config, kept=kept, log=Log(), shared=blocks.count) as fork:
             return fork.info
-
-
-def replay(
-    model: LocalModel,
-    config: MemoryConfig,
-    token_ids: Sequence[int],
-    chunks: Sequence[tuple[int, int]],
-    cancelled: Callable[[], bool],
-    memory: ContextMemory | None = None,
-) -> ContextMemory:
-    """The memory of the chunks (start, length) of a log, computed again; or the given one, after them. Raises Cancelled
-    between two of them."""
-    memory = memory or model.new_memory(config)
-    for start, length in chunks:
-        if cancelled():
-            raise Cancelled(f"stopped with {sum(chunks[-1]) - start} tokens still to read again")
-        model.forward(token_ids[start : start + length], memory)
-    return memory

@@ -15,12 +15,13 @@ from typing import get_args
 import pytest
 
 from infllm_agent import __version__
-from infllm_agent.cli import ask, ingest
+from infllm_agent.cli import ask
 from infllm_agent.cli import input as cli_input
 from infllm_agent.cli import options as cli_options
 from infllm_agent.cli import output as cli_output
 from infllm_agent.cli.chat import loop as cli_chat
 from infllm_agent.config import MemoryConfig, SamplingConfig
+from infllm_agent.session import session as sessions
 from infllm_agent.storage.catalog import Catalog
 
 LINE = "12:30 the tool printed error 404 and the agent asked again\n"
@@ -154,7 +155,7 @@ def test_roles_are_those_of_the_chat_format():
 
 
 def test_a_stream_is_committed_on_the_way(cli, monkeypatch):
-    monkeypatch.setattr(ingest, "COMMIT_TOKENS", 100)
+    monkeypatch.setattr(sessions, "COMMIT_TOKENS", 100)
     cli("ingest", "ops", "--lines", stdin=LINE.encode() * 20)
     with cli.store("ops") as store:
         assert store.message_count == 20
@@ -336,7 +337,7 @@ def test_ingest_interrupted_between_lines(cli, number):
     process = cli.start("ingest", "ops", "--lines")
     process.stdin.write("".join(lines).encode())
     process.stdin.flush()  # and not closed: it waits for more
-    wait_until(lambda: _committed(cli, "ops") > ingest.COMMIT_TOKENS)
+    wait_until(lambda: _committed(cli, "ops") > sessions.COMMIT_TOKENS)
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 1
@@ -371,7 +372,7 @@ def test_ingest_killed(cli):
     lines = [f"{i} {LINE}" for i in range(1000)]
     process.stdin.write("".join(lines).encode())
     process.stdin.flush()
-    wait_until(lambda: _committed(cli, "ops") > ingest.COMMIT_TOKENS)
+    wait_until(lambda: _committed(cli, "ops") > sessions.COMMIT_TOKENS)
     process.kill()
     process.communicate()
     with cli.store("ops") as store:

@@ -52,7 +52,7 @@ def next_logits(root: Path, model: LocalModel, name: str = "ops") -> torch.Tenso
     with AgentRuntime(root, model) as runtime:
         session = runtime.session(name)
         memory = session.memory.fork()
-        fed = [*session._pending, *range(5, 45)]
+        fed = [*session.working.pending, *range(5, 45)]
         logits = [model.forward(fed[start : start + 16], memory) for start in range(0, len(fed), 16)]
         session.store.close()  # nothing is committed
         session.close()

@@ -100,7 +100,7 @@ def turn(session: Session, number: int, lines: int = 4) -> None:
 def next_logits(session: Session) -> Tensor:
     """After what the session holds; it is as it was afterwards."""
     memory = session.memory.fork(session.memory.length)
-    rows = [session.model.forward([*session._pending, PROBE[0]], memory)]
+    rows = [session.model.forward([*session.working.pending, PROBE[0]], memory)]
     return torch.stack([*rows, *(session.model.forward([token], memory) for token in PROBE[1:])])
 
 

@@ -55,8 +55,8 @@ def talk(session: Session) -> None:
 
 
 def logits_after(session: Session, ids: list[int]) -> torch.Tensor:
-    session._take(ids)
-    logits = session._feed(len(session._pending))
+    session.working.take(ids)
+    logits = session.working.feed(len(session.working.pending))
     assert logits is not None
     return logits
 
@@ -102,7 +102,7 @@ def test_replaying_the_chunks_gives_the_same_memory(runtime: AgentRuntime) -> No
     for start, length in session.chunks():
         runtime.model.forward(ids[start : start + length], memory)
     probe = [5, 6, 7]
-    expected = runtime.model.forward(list(session._pending) + probe, memory)
+    expected = runtime.model.forward(list(session.working.pending) + probe, memory)
     assert torch.equal(logits_after(session, probe), expected)
 
 
@@ -224,7 +224,7 @@ def test_resume_goes_on_as_if_never_stopped(runtime: AgentRuntime, model: LocalM
         for start, length in chunks:
             model.forward(ids[start : start + length], twin)
         token = [5]
-        waiting = list(resumed._pending)
+        waiting = list(resumed.working.pending)
         for step in range(64):
             expected = model.forward((waiting if step == 0 else []) + token, twin)
             got = logits_after(resumed, token)

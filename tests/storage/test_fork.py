@@ -77,7 +77,7 @@ def long_session(runtime: AgentRuntime, name: str = "ops") -> Session:
 def logits_after(session: Session, ids: list[int]) -> torch.Tensor:
     """As the session would go on; nothing of it is kept."""
     memory = session.memory.fork()
-    fed = [*session._pending, *ids]
+    fed = [*session.working.pending, *ids]
     return torch.stack([session.model.forward(fed[start : start + 16], memory) for start in range(0, len(fed), 16)])
 
 
@@ -147,7 +147,7 @@ def test_after_each_message_it_is_a_session_that_read_so_much(runtime: AgentRunt
     assert session.messages() == expected
     whole = runtime.fork("ops", "all")
     assert whole.messages() == expected
-    assert list(whole._pending) == list(session._pending)
+    assert list(whole.working.pending) == list(session.working.pending)
     assert torch.equal(logits_after(whole, [7]), logits_after(session, [7]))
 
 

@@ -6,7 +6,6 @@ import asyncio
 import codecs
 import os
 import threading
-import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing, contextmanager
 from typing import Annotated, Any, Literal
@@ -32,8 +31,6 @@ from infllm_agent.storage.catalog import SessionInfo, check_name
 from infllm_agent.storage.session_store import SessionStore
 from infllm_agent.tools import check_name as check_label
 
-#: A message that streams in is committed when about this many tokens, or seconds, have passed since the last commit.
-COMMIT_TOKENS, COMMIT_S = 8192, 30.0
 _PIECE = 1 << 16
 
 router = APIRouter(prefix="/v1/sessions", responses=ERRORS)
@@ -216,7 +213,8 @@ async def stream_in(
             with opened.stream(role, name=name, call_id=call_id) as stream:
                 for text in _decoded(pieces()):
                     stream.write(text)
-                    _commit_now_and_then(opened)
+                    if opened.is_due:
+                        opened.commit()
             opened.commit()
             yield _extent(caller, opened)
 
@@ -250,12 +248,6 @@ def _decoded(pieces: Iterator[bytes]) -> Iterator[str]:
     for piece in pieces:
         yield decoder.decode(piece)
     yield decoder.decode(b"", True)
-
-
-def _commit_now_and_then(session: Session) -> None:
-    new = session.token_count - session.store.token_count
-    if new >= COMMIT_TOKENS or (new and time.time() - session.store.updated >= COMMIT_S):
-        session.commit()
 
 
 def _exported(service: Service, name: str, cancelled: Cancellation) -> Iterator[bytes]:
