@@ -1,4 +1,4 @@
-"""How one model is told of tools, and how it writes calls.
+r"""How one model is told of tools, and how it writes calls.
 
 Both are found in the model's own chat template, by rendering small conversations with tools and calls whose names and
 arguments are easy to find again. What stands around them is the template's own text (control text); the rest comes
@@ -7,7 +7,7 @@ not JSON, gets the Hermes form, which most open models have seen, explained in p
 
 The forms of the known families, as found:
 
-    Qwen, SmolLM2, SmolLM3 (Hermes)   <tool_call>\\n{"name": ..., "arguments": {...}}\\n</tool_call>, one block a call
+    Qwen, SmolLM2, SmolLM3 (Hermes)   <tool_call>\n{"name": ..., "arguments": {...}}\n</tool_call>, one block a call
     Mistral                           [TOOL_CALLS] [{"name": ..., "arguments": {...}, "id": ...}, ...]
     Mistral from v11 on               [TOOL_CALLS]name[ARGS]{...}, perhaps with [CALL_ID]id before [ARGS]
     Llama 3.1, 3.2                    {"name": ..., "parameters": {...}}, a single call that is the whole message

@@ -39,7 +39,7 @@ class Candidates:
 
     @cached_property
     def keys(self) -> Tensor:
-        """(kv_heads, n, block_size, head_dim)"""
+        """Their keys: (kv_heads, n, block_size, head_dim)."""
         return self._read(self.blocks.tolist()).transpose(0, 1).contiguous()
 
     def serve(self, token: int, of: int, period: int) -> bool:

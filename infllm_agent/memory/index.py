@@ -51,7 +51,7 @@ class Rows:
 
     @property
     def all(self) -> Tensor:
-        """(count, *row)"""
+        """The rows: (count, *row)."""
         return self._room[: self.count]
 
     def room_for(self, count: int) -> int:
@@ -271,7 +271,7 @@ class BlockIndex:
 
     @property
     def keys(self) -> Tensor:
-        """(count, kv_heads, head_dim)"""
+        """The keys of all blocks: (count, kv_heads, head_dim)."""
         return self._keys.all
 
     def append(self, keys: Tensor) -> None:
