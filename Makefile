@@ -15,9 +15,10 @@ help:  ## list the targets
 
 venv: $(STAMP)  ## make .venv with the pinned dependencies
 
+# pip knows --group since 25.1; a new virtual environment has what Python came with.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "pip>=25.1"  # knows --group
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "pip>=25.1"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]" --group dev
 	touch $@
 
@@ -29,7 +30,7 @@ demo: $(STAMP)  ## a long tool log, questions, a restart, questions again
 test: $(STAMP)  ## run the tests; ARGS="-k hub" for some of them
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
-coverage: $(STAMP)  ## run the tests, and say which lines and branches none of them reaches; two to three times as long
+coverage: $(STAMP)  ## run the tests, and say which lines and branches none of them reaches
 	$(BIN)/coverage erase
 	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 	$(BIN)/coverage combine --quiet
