@@ -8,16 +8,18 @@ SEED ?= 0
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test standard ray crash soak lint types docs bench picture clean
+.PHONY: help venv demo test coverage standard ray crash soak lint types docs bench picture clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
 
 venv: $(STAMP)  ## make .venv with the pinned dependencies
 
+# pip knows --group since 25.1; a new virtual environment has what Python came with.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "pip>=25.1"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]" --group dev
 	touch $@
 
 demo: $(STAMP)  ## a long tool log, questions, a restart, questions again
@@ -27,6 +29,12 @@ demo: $(STAMP)  ## a long tool log, questions, a restart, questions again
 # cores spend their time waiting for each other.
 test: $(STAMP)  ## run the tests; ARGS="-k hub" for some of them
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+
+coverage: $(STAMP)  ## run the tests, and say which lines and branches none of them reaches
+	$(BIN)/coverage erase
+	OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
 
 crash: $(STAMP)  ## long runs of kills, faults, damage, races, attacks; MINUTES=60 SEED=1 ARGS="kills --count kills=5000"
 	mkdir -p bench-results
@@ -48,7 +56,7 @@ ray: $(STAMP)  ## install Ray Serve, and test two replicas
 lint: $(STAMP)  ## check style, formatting and the direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/lint-imports --quiet
+	$(BIN)/lint-imports --no-logo
 
 types: $(STAMP)  ## check types
 	$(BIN)/mypy
@@ -68,5 +76,5 @@ picture: $(STAMP)  ## draw docs/demo.svg and docs/chat.svg from real runs
 	$(BIN)/python docs/chat_picture.py
 
 clean:  ## remove what the other targets made
-	rm -rf $(VENV) site build dist *.egg-info bench-results .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) site build dist *.egg-info bench-results .coverage* .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

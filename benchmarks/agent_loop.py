@@ -17,6 +17,7 @@ from pathlib import Path
 from langchain.agents import create_agent
 from langchain.agents.middleware import wrap_model_call
 from langchain_core.messages import HumanMessage
+from langchain_core.runnables import RunnableConfig
 from langchain_core.tools import tool
 
 from infllm_agent.bench.retrieval.readers import FullContext
@@ -78,7 +79,7 @@ def main() -> None:
             return response
 
         agent = create_agent(llm, [read_log], middleware=[measured])
-        thread = {"configurable": {"thread_id": "loop"}, "recursion_limit": 4 * options.steps}
+        thread: RunnableConfig = {"configurable": {"thread_id": "loop"}, "recursion_limit": 4 * options.steps}
         agent.invoke({"messages": [HumanMessage("Watch the logs, one host after the other.")]}, thread)
         session = llm.opened().session("loop")
         ids, model = session.token_ids(), session.model

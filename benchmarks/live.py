@@ -51,7 +51,8 @@ def first_token(live: LiveSession, max_tokens: int) -> float:
 
 def anonymous_mb() -> float:
     """Memory of this process that is not a map of files."""
-    return int(re.search(r"^RssAnon:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.M)[1]) / 1000
+    (kilobytes,) = re.findall(r"^RssAnon:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.M)
+    return int(kilobytes) / 1000
 
 
 def quantile(values: list[float], share: float) -> float:

@@ -51,7 +51,7 @@ def main() -> None:
         missing.append(sum(block not in self for block in blocks))
         return fetch(self, blocks, load)
 
-    Candidates.__init__, BlockCache.fetch = noted_begin, noted_fetch  # type: ignore[method-assign,assignment]
+    Candidates.__init__, BlockCache.fetch = noted_begin, noted_fetch  # type: ignore[method-assign]
     layers, kept = len(memory.layers), []
     for _ in range(given.decoded):
         before = len(candidates)

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "helpers"))
 from terminal import Terminal
 
 COLUMNS, ROWS = 96, 30
@@ -37,7 +37,7 @@ def log() -> str:
     return "\n".join(lines)
 
 
-def talk(root: str) -> Screen:
+def talk(root: str) -> pyte.Screen:
     program, where = [sys.executable, "-m", "infllm_agent"], ["ops", "--root", root]
     ingest = [*program, "ingest", *where, "--lines", "--role", "tool", "--name", "kubectl"]
     subprocess.run(ingest, input=log(), text=True, check=True)
@@ -49,13 +49,13 @@ def talk(root: str) -> Screen:
         terminal.type(line)
         terminal.wait(line)
         terminal.type("\r")
-        terminal.wait(lambda n=number: "idle" in terminal.text and len(re.findall(r"^>", terminal.text, re.M)) == n)
+        terminal.wait(lambda n=number: "idle" in terminal.text and len(re.findall(r"^>", terminal.text, re.M)) == n)  # type: ignore[misc]
     terminal.type("/fork what-if 20")
     terminal.wait("what-if 20")
     return terminal.screen
 
 
-def drawn(screen: Screen) -> str:
+def drawn(screen: pyte.Screen) -> str:
     console = Console(record=True, width=COLUMNS, force_terminal=True, file=io.StringIO(), highlight=False)
     for y in range(screen.lines):
         row = Text()

@@ -81,8 +81,9 @@ def _session(config: MemoryConfig) -> list[str]:
         box(CHUNK_LEFT, y, CHUNK_WIDTH, height, CHUNK),
         text(middle(CHUNK_LEFT, CHUNK_WIDTH), y + 27, "chunk", anchor="middle"),
     ]
-    for number in range(BLOCKS):
-        parts.append(box(block_x(number), y, SIDE, height, CHOSEN if number in CHOSEN_BLOCKS else BLOCK))
+    parts += [
+        box(block_x(number), y, SIDE, height, CHOSEN if number in CHOSEN_BLOCKS else BLOCK) for number in range(BLOCKS)
+    ]
     below = y + height + 20
     parts += [
         text(LEFT + 42, below, f"first {config.n_init}", size=14, color=QUIET, anchor="middle"),

@@ -155,7 +155,7 @@ def filled(page: str) -> str:
     """The page with its tables as they are now."""
     for name, table in tables().items():
         place = re.compile(rf"(<!-- sizing: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        page, found = place.subn(lambda match, table=table: f"{match[1]}{table}\n{match[2]}", page)
+        page, found = place.subn(lambda match, table=table: f"{match[1]}{table}\n{match[2]}", page)  # type: ignore[misc]
         if found != 1:
             raise ValueError(f"{PAGE.name} has {found} places for the table {name!r}")
     return page

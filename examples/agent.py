@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from langchain.agents import create_agent
 from langchain.agents.middleware import ModelRequest, ModelResponse, wrap_model_call
 from langchain_core.messages import AIMessage, HumanMessage
+from langchain_core.runnables import RunnableConfig
 from langchain_core.tools import tool
 
 from infllm_agent.integrations.langchain import ChatInfLLM
@@ -52,8 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         system_prompt="You keep servers running. Read the logs. Be brief.",
         middleware=[look_first],
     )
-    thread = {"configurable": {"thread_id": "night-shift"}}
-    messages = []
+    thread: RunnableConfig = {"configurable": {"thread_id": "night-shift"}}
+    messages: list[Any] = []
     for question in ["What is wrong with db-3?", "And with web-1?"]:
         messages.append(HumanMessage(question))
         print(f"> {question}")

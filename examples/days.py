@@ -16,6 +16,7 @@ from pathlib import Path
 
 from langchain.agents import create_agent
 from langchain_core.messages import HumanMessage
+from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.sqlite import SqliteSaver
 
 from infllm_agent.integrations.langchain import ChatInfLLM
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"thread {options.thread} and its session are deleted")
         if options.message:
             agent = create_agent(llm, system_prompt="You are a helpful assistant. Be brief.", checkpointer=checkpointer)
-            thread = {"configurable": {"thread_id": options.thread}}
+            thread: RunnableConfig = {"configurable": {"thread_id": options.thread}}
             # Only what is new: the checkpointer has the rest, and the model is given all of it.
             answer = agent.invoke({"messages": [HumanMessage(options.message)]}, thread)["messages"][-1]
             details = answer.usage_metadata["input_token_details"]

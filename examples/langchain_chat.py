@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
+from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage
 
 from infllm_agent.integrations.langchain import ChatInfLLM, SessionRunnable
 
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     llm = ChatInfLLM(model=options.model, max_tokens=options.max_tokens, **where)
 
     # 1. An ordinary chat model: the caller keeps the list of messages, the session keeps what they mean to the model.
-    messages = [SystemMessage("You are a helpful assistant. Be brief.")]
+    messages: list[BaseMessage] = [SystemMessage("You are a helpful assistant. Be brief.")]
     for question in ["What is a pager?", "Who would carry one?"]:
         messages.append(HumanMessage(question))
         answer = llm.invoke(messages, session_id="tutorial")

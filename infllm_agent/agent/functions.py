@@ -55,7 +55,7 @@ class Tool:
         spec: what the model is told.
         timeout: in seconds; None: the run's.
         repeatable: whether a call that an earlier process left without result may be made again.
-    """
+    """  # noqa: D214 - the example has a docstring
 
     def __init__(
         self,

@@ -84,10 +84,11 @@ class Origin:
 
     def keys(self, segment: bytes, count: int, row_bytes: int) -> bytes:
         """What stands for a segment's first blocks, as far as parts have them, one behind the other."""
-        wanted = []
-        for part in self.parts.get(segment.hex(), ()):
-            if part[0] < count:
-                wanted.append((part, 0, (min(part[1], count) - part[0]) * row_bytes))
+        wanted = [
+            (part, 0, (min(part[1], count) - part[0]) * row_bytes)
+            for part in self.parts.get(segment.hex(), ())
+            if part[0] < count
+        ]
         return b"".join(self._read(segment, wanted))
 
     def records(

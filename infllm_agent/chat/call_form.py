@@ -1,8 +1,8 @@
-"""How a model writes calls of tools.
+r"""How a model writes calls of tools.
 
 The forms of the known families, as found:
 
-    Qwen, SmolLM2, SmolLM3 (Hermes)   <tool_call>\\n{"name": ..., "arguments": {...}}\\n</tool_call>, one block a call
+    Qwen, SmolLM2, SmolLM3 (Hermes)   <tool_call>\n{"name": ..., "arguments": {...}}\n</tool_call>, one block a call
     Mistral                           [TOOL_CALLS] [{"name": ..., "arguments": {...}, "id": ...}, ...]
     Mistral from v11 on               [TOOL_CALLS]name[ARGS]{...}, perhaps with [CALL_ID]id before [ARGS]
     Llama 3.1, 3.2                    {"name": ..., "parameters": {...}}, a single call that is the whole message

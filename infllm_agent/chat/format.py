@@ -184,8 +184,8 @@ class ChatFormat:
 
     def after_stop(self, stop_id: int) -> list[int]:
         """Give the ids that must still be fed after the model ended its turn with ``stop_id``: the rest of the
-        assistant's tail, or all of it if that id is not part of it. (A turn cut off by a length limit takes
-        ``close("assistant")``.)"""
+        assistant's tail, or all of it if that id is not part of it. A turn cut off by a length limit takes
+        ``close("assistant")``."""
         tail = self._assistant_tail
         return tail[tail.index(stop_id) + 1 :] if stop_id in tail else list(tail)
 

@@ -485,7 +485,7 @@ def test_cancelling_ends_the_run_with_every_call_answered(runtime: AgentRuntime,
     if where == "session":
         session.cancelled = stop.is_set
     before = session.cancelled
-    options = {"cancelled": stop.is_set} if where == "argument" else {}
+    options: dict[str, Any] = {"cancelled": stop.is_set} if where == "argument" else {}
     *events, run = runtime.stream_agent(session, tools=[hangs, ping], **options)
     assert (run.finish_reason, run.answer) == ("cancelled", None)
     assert session.cancelled is before

@@ -319,5 +319,6 @@ def test_a_filled_cache_is_attended_to() -> None:
     read, filled = FilledContext(model), FilledContext(model)
     read.feed([5, 6, 7])
     for number in model.specs:
-        filled.cache.update(read.cache.layers[number].keys, read.cache.layers[number].values, number)
+        layer: Any = read.cache.layers[number]
+        filled.cache.update(layer.keys, layer.values, number)
     torch.testing.assert_close(filled.feed([8]), FullContext(model).feed([5, 6, 7, 8]), atol=1e-4, rtol=1e-4)

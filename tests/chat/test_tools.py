@@ -42,7 +42,7 @@ tool_calls = st.builds(ToolCall, call_names, st.dictionaries(hostile, json_value
 
 
 def exact(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)  # type: ignore[return-value]
 
 
 def announced(chat: ChatFormat, tools: tuple[ToolSpec, ...], content: str, *, first: bool = True) -> list[int]:
@@ -85,12 +85,12 @@ def test_calls_are_stored_as_they_are(calls: list[ToolCall]) -> None:
     ("make", "error", "words"),
     [
         (lambda: ToolSpec("a b"), InvalidName, "tool name 'a b'"),
-        (lambda: ToolSpec(3), InvalidName, "3"),
+        (lambda: ToolSpec(3), InvalidName, "3"),  # type: ignore[arg-type]
         (lambda: ToolSpec("a", parameters={"type": "string"}), ConfigError, "schema of an object"),
         (lambda: ToolSpec("a", parameters={"x": {1, 2}}), ConfigError, "no JSON"),
-        (lambda: ToolSpec("a", 3), ConfigError, "description"),
+        (lambda: ToolSpec("a", 3), ConfigError, "description"),  # type: ignore[arg-type]
         (lambda: ToolSpec.from_json({"description": "x"}), ConfigError, "needs a name"),
-        (lambda: ToolCall("a", [1]), ConfigError, "not an object"),
+        (lambda: ToolCall("a", [1]), ConfigError, "not an object"),  # type: ignore[arg-type]
         (lambda: ToolCall("a", {"x": float("nan")}), ConfigError, "nan"),
         (lambda: ToolCall("a", {"x": {1: 2}}), ConfigError, "texts"),
     ],

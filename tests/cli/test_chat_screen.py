@@ -10,6 +10,7 @@ import stat
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pyte
 import pytest
@@ -52,12 +53,12 @@ def chat(talkative: Path, tmp_path_factory: pytest.TempPathFactory):
     root = tmp_path_factory.mktemp("root")
     started = []
 
-    def start(session: str, *options: str, **env: str) -> Terminal:
+    def start(session: str, *options: str, **env: Any) -> Terminal:
         command = [sys.executable, "-m", "infllm_agent", "chat", session, "--root", str(root)]
         started.append(Terminal([*command, "--model", str(talkative), *options], OMP_NUM_THREADS="1", **env))
         return started[-1]
 
-    start.root = root
+    start.root = root  # type: ignore[attr-defined]
     yield start
     for terminal in started:
         terminal.child.close(force=True)
@@ -306,10 +307,10 @@ def test_tables_fit_into_any_terminal(monkeypatch):
 
     for width in range(10, 100):
         screen = Screen.__new__(Screen)
-        screen._console = Console(file=io.StringIO(), width=width)
+        screen._console = Console(file=(shown := io.StringIO()), width=width)
         screen.table(
             ["message", "role", "attention", "text"], [["0", "user", 0.5, "漢字" * 30], ["12", "tool", 1.0, "x"]]
         )
-        lines = screen._console.file.getvalue().splitlines()
+        lines = shown.getvalue().splitlines()
         assert len(lines) == 3
         assert lines[1].split()[0] == "0"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -406,7 +407,7 @@ def test_lines_are_cut_the_same_however_they_arrive(monkeypatch):
     data = "a é\r\n\n漢字\rb\nlast".encode()
     for size in (1, 2, 3, 100):
         monkeypatch.setattr(cli_input, "READ_BYTES", size)
-        source = cli_input.io.BytesIO(data)
+        source = io.BytesIO(data)
         assert list(cli_input.read_lines(source, cli_input.Interrupts())) == ["a é", "", "漢字", "b", "last"]
         source.seek(0)
         assert "".join(cli_input.read_text(source, cli_input.Interrupts())) == data.decode()

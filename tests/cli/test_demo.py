@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import subprocess
 
 import pytest
 from rich.console import Console
@@ -47,13 +48,13 @@ def _template(tokenizer, events: list[Event], dropped: int) -> list[int]:
 @pytest.mark.slow
 def test_it_reports_what_it_promises_and_restarts_in_a_new_process(smollm2_path, tmp_path, monkeypatch):
     processes = []
-    run_process = demo.subprocess.run
+    run_process = subprocess.run
 
     def seen(command, **options):
         processes.append(command)
         return run_process(command, **options)
 
-    monkeypatch.setattr(demo.subprocess, "run", seen)
+    monkeypatch.setattr(subprocess, "run", seen)
     shown = io.StringIO()
     result = demo.run(tmp_path, model="smollm2", tokens=3000, seed=7, console=Console(file=shown, width=120))
 

@@ -96,13 +96,15 @@ def going_on(root: Path, model: LocalModel, name: str) -> dict[str, torch.Tensor
             parts = {"sinks": layer.sinks, **layer.window._asdict(), "candidates": layer.candidates}
             found |= {f"layer.{number}.{key}": part.clone() for key, part in parts.items() if part is not None}
         files = session.memory.store.files
-        found["blocks"] = torch.tensor([zlib.crc32(files.record(block).numpy()) for block in range(files.count)])
+        found["blocks"] = torch.tensor(
+            [zlib.crc32(files.record(block).numpy().tobytes()) for block in range(files.count)]
+        )
         session.reply(max_tokens=16, temperature=0.0)
         found["reply"] = torch.tensor(session.token_ids()[len(found["token_ids"]) :])
         memory = session.memory.fork()
         logits = torch.stack([model.forward([5 + 3 * step], memory).float() for step in range(LOGITS)])
         found["logits"] = logits[:, COLUMNS].contiguous()
-        found["logits_crc"] = torch.tensor(zlib.crc32(logits.contiguous().numpy()))
+        found["logits_crc"] = torch.tensor(zlib.crc32(logits.contiguous().numpy().tobytes()))
         found["best"] = logits.argmax(-1)
         return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -114,13 +115,13 @@ def test_decode_attention(name: str, device: torch.device) -> None:
     options = {"scale": step.dim**-0.5, "softcap": step.softcap}
     with using("triton"):
         got = decode_attention(q, keys, **options)
-    tolerance = {"atol": TOLERANCE[step.dtype], "rtol": TOLERANCE[step.dtype]}
+    tolerance: dict[str, Any] = {"atol": TOLERANCE[step.dtype], "rtol": TOLERANCE[step.dtype]}
     plain = plain_decode.decode_attention(q, keys, **options)
     assert got.out.shape == plain.out.shape == (step.kv_heads * step.group, 1, step.dim)
     torch.testing.assert_close(got.out, plain.out, **tolerance)
     torch.testing.assert_close(got.lse, plain.lse, **tolerance)
     if name in SMALL_STEPS:
-        moved = DecodeKeys(*(x.cpu() for x in keys[:-1]), angles=keys.angles and _cpu(keys.angles))
+        moved = DecodeKeys(*(x.cpu() for x in keys[:-1]), angles=keys.angles and _cpu(keys.angles))  # type: ignore[misc,arg-type]
         out, lse = reference_decode.decode_attention(q.cpu(), moved, **options)
         for one in (got, plain):
             torch.testing.assert_close(one.out.cpu(), out, **tolerance)
@@ -202,7 +203,7 @@ def test_votes(shape: tuple[int, int, int, int, int], others: bool, device: torc
     with using("plain"):
         plain = votes(q, keys, 0.3, rest)
     # On a GPU, products of half-precision keys are in TF32, which has ten bits: enough to rank blocks.
-    tolerance = {"atol": 1e-2 if ON_GPU else 1e-5, "rtol": 1e-2 if ON_GPU else 1e-4}
+    tolerance: dict[str, Any] = {"atol": 1e-2 if ON_GPU else 1e-5, "rtol": 1e-2 if ON_GPU else 1e-4}
     torch.testing.assert_close(got, plain, **tolerance)
     if not others:
         torch.testing.assert_close(got.sum().cpu(), torch.tensor(float(q[..., 0].numel())), rtol=1e-3, atol=0)

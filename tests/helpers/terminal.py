@@ -30,7 +30,7 @@ class Terminal:
         **env: str,
     ) -> None:
         self.screen = screen(columns, rows)
-        self.screen.write_process_input = lambda told: self.child.send(told)  # type: ignore[method-assign]  # it tells where the cursor is
+        self.screen.write_process_input = lambda told: self.child.send(told)  # type: ignore[method-assign,assignment]  # it tells where the cursor is
         self.raw = b""
         self._stream = pyte.ByteStream(self.screen)
         self.child = pexpect.spawn(

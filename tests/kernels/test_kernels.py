@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -74,7 +76,7 @@ def test_merge_is_one_softmax(sizes: list[int]) -> None:
         (((4, 3, 8), (2, 5, 8), (2, 5, 8)), {"mask": torch.ones(5, 3).bool()}, r"expected a mask \(3, 5\)"),
     ],
 )
-def test_bad_shapes_are_named(shapes: tuple[tuple[int, ...], ...], options: dict[str, object], message: str) -> None:
+def test_bad_shapes_are_named(shapes: tuple[tuple[int, ...], ...], options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         attend(*(torch.zeros(shape) for shape in shapes), scale=1.0, **options)
 

@@ -7,6 +7,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -77,7 +78,7 @@ class Caller(threading.Thread):
 
 def test_callers_come_in_the_order_in_which_they_asked() -> None:
     lender, order = dispatcher(), list[int]()
-    callers = [Caller(lender, "ops", lambda number=number: order.append(number), Cancellation()) for number in range(9)]
+    callers = [Caller(lender, "ops", partial(order.append, number), Cancellation()) for number in range(9)]
     for number, caller in enumerate(callers):
         assert caller.has.wait(10)
         assert not any(later.has.is_set() for later in callers[number + 1 :])

@@ -32,7 +32,7 @@ class Killed(BaseException):
     """The process ends here."""
 
 
-class Watched(MemoryFileSystem):
+class Watched(MemoryFileSystem):  # type: ignore[misc]
     """Objects in memory, and somebody who is told of every request."""
 
     protocol = "watched"
@@ -186,7 +186,7 @@ def test_a_session_is_replaced_while_it_is_taken(machine: Machines) -> None:
     home = machine()
     session = home.session("ops")
     turn(session, 0)
-    once("before", "read", ".db", lambda: [turn(session, number) for number in (1, 2, 3)] and None)
+    once("before", "read", ".db", lambda: [turn(session, number) for number in (1, 2, 3)] and None)  # type: ignore[arg-type]
     taken = machine().session("ops")
     assert taken.message_count == session.message_count == 8
     assert torch.equal(next_logits(taken), next_logits(session))

@@ -85,7 +85,7 @@ def tail(folder: Path) -> Path:
     return found
 
 
-def other_tail(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+def other_tail(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
     """A tail whose bytes are as they were written, but are not what a memory has."""
     with SessionStore.open(folder.parent.parent, "ops", readonly=True) as store:
         state = store.state

@@ -267,10 +267,8 @@ def test_candidates_stay_in_the_cache_from_one_choice_to_the_next(
 def test_it_goes_on_from_anywhere(llama: LocalModel) -> None:
     """At every token of an answer: forked, or taken from its tail."""
     start, words = read(llama), word(4, 20)
-    expected = []
     memory = start.fork()
-    for token in words:
-        expected.append(llama.forward([token], memory))
+    expected = [llama.forward([token], memory) for token in words]
     memory = start.fork()
     for i, token in enumerate(words):
         state = snapshot.unpack(*snapshot.pack(memory.state(), CONFIG))

@@ -39,7 +39,7 @@ def clustered(blocks: int, heads: int = HEADS, dim: int = DIM, seed: int = 0) ->
 
 def index_of(keys: torch.Tensor, flat: int | None, *stops: int) -> BlockIndex:
     """An index to which ``keys`` were added in parts that end at ``stops``."""
-    index = BlockIndex(*keys.shape[1:], keys.dtype, CPU, flat)
+    index = BlockIndex(*keys.shape[1:], keys.dtype, CPU, flat)  # type: ignore[call-arg]
     for start, stop in pairwise((0, *sorted(stops), len(keys))):
         index.append(keys[start:stop])
     return index
@@ -214,9 +214,10 @@ def test_nearly_all_blocks_are_found_that_a_flat_lookup_finds(n: int) -> None:
     for seed in range(8):
         topic = 0.2 * (means[seed].float() - 3).repeat_interleave(2, 0).unsqueeze(1)
         q = topic + 0.2 * random(4, n, 32, seed=seed)
-        chosen = []
-        for near in (votes(q, means, 0.3).topk(candidates).indices, index.most_voted(q, 0.3, candidates)):
-            chosen.append(near[attention_mass(q, exact[:, near], 0.3).topk(topk).indices])
+        chosen = [
+            near[attention_mass(q, exact[:, near], 0.3).topk(topk).indices]
+            for near in (votes(q, means, 0.3).topk(candidates).indices, index.most_voted(q, 0.3, candidates))
+        ]
         of_all = attention_mass(q, exact, 0.3)
         found += len(set(chosen[0].tolist()) & set(chosen[1].tolist()))
         most, mass = most + float(of_all[chosen[0]].sum()), mass + float(of_all[chosen[1]].sum())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -207,7 +209,7 @@ def test_short_chunks_have_room_for_more_blocks() -> None:
 
 
 def test_a_record_from_before_the_rules_could_be_chosen_means_the_papers() -> None:
-    record = {"n_init": 4, "n_local": 10, "block_size": 8, "repr_topk": 2, "topk": 3, "chunk_size": 16}
+    record: dict[str, Any] = {"n_init": 4, "n_local": 10, "block_size": 8, "repr_topk": 2, "topk": 3, "chunk_size": 16}
     record |= {"max_cached_block": 4, "positions": "one_angle"}
     assert MemoryConfig.from_record(record) == PAPER
     assert MemoryConfig.from_record(SMALL.model_dump()) == SMALL

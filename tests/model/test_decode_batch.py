@@ -167,7 +167,7 @@ class Steps:
         self.began, self.go = threading.Event(), threading.Event()
         self.error = error
         self.turn = threading.Lock()
-        self.batch = DecodeBatch(lambda: self.turn, self.compute)
+        self.batch = DecodeBatch(lambda: self.turn, self.compute)  # type: ignore[arg-type,return-value]
 
     def compute(self, tokens: Sequence[int], memories: Sequence[Memory]) -> list[torch.Tensor | Exception]:
         self.began.set()

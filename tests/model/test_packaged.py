@@ -10,6 +10,7 @@ import threading
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import numpy as np
@@ -262,7 +263,8 @@ def test_packaged_model_answers():
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = resolve_model("smollm2")
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
     question = [{"role": "user", "content": "What is the capital of France?"}]
     inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     answer = model.generate(**inputs, max_new_tokens=20, do_sample=False)[0, inputs["input_ids"].shape[1] :]
@@ -299,10 +301,10 @@ def render(messages, tools=None, add_generation_prompt=False, template: str | No
     from transformers.utils.chat_template_utils import render_jinja_template
 
     source = template or package._template(PACKAGED["smollm2"])
-    rendered, _ = render_jinja_template(
+    rendered: Any = render_jinja_template(
         [messages], tools=tools, chat_template=source, add_generation_prompt=add_generation_prompt
     )
-    return rendered[0]
+    return rendered[0][0]
 
 
 def test_plain_dialogue_has_the_default_system_prompt():

@@ -43,7 +43,10 @@ def until(done: Callable[[], bool], seconds: float = 10) -> None:
 
 
 def test_urgent_work_goes_first() -> None:
-    work = [("read", Memory(), Urgency.NOBODY), ("next", Memory(), Urgency.NEXT_TOKEN)]
+    work: list[tuple[str, object, Urgency]] = [
+        ("read", Memory(), Urgency.NOBODY),
+        ("next", Memory(), Urgency.NEXT_TOKEN),
+    ]
     work += [("more", Memory(), Urgency.NOBODY), ("first", Memory(), Urgency.FIRST_TOKEN)]
     assert queue_up(Turns(), work)[:2] == ["first", "next"]
 

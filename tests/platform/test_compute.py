@@ -106,7 +106,7 @@ def test_reading_that_paused_goes_on_when_urgent_work_is_done(compute: ComputeTh
 
     reading = ask("reader", Urgency.NOBODY, read)
     inside.wait(10)
-    asking = [ask(name, Urgency.FIRST_TOKEN, lambda name=name: order.append(name)) for name in ("one", "two")]
+    asking = [ask(name, Urgency.FIRST_TOKEN, lambda name=name: order.append(name)) for name in ("one", "two")]  # type: ignore[misc]
     until(lambda: turns.waiting == 2)
     asked.set()
     for thread in (reading, *asking):

@@ -14,6 +14,7 @@ from html.parser import HTMLParser
 from io import StringIO
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -182,7 +183,7 @@ def mentions(page: Path) -> Iterator[list[str]]:
         yield span.split()
 
 
-def command_of(words: list[str]) -> tuple[object, str, list[str]]:
+def command_of(words: list[str]) -> tuple[Any, str, list[str]]:
     """The command that the words name, its name, and the words behind it."""
     commands = script("commands").commands()
     words = [word for word in words if word != "--debug"]

@@ -1,11 +1,14 @@
-"""What is installed: one top-level name, with kernels and integrations inside it."""
+"""What is published: a wheel with one top-level name and kernels and integrations inside it; a source archive."""
 
 from __future__ import annotations
 
+import ast
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
+from email.parser import Parser
 from pathlib import Path
 
 import pytest
@@ -14,17 +17,34 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def wheel_names(tmp_path_factory) -> list[str]:
-    """The files of a wheel, built without network from a copy, so that the working tree stays clean."""
-    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    for name in ("pyproject.toml", "LICENSE", "README.md"):
-        shutil.copy(ROOT / name, source)
-    for name in ("infllm_agent", "kernels", "integrations", "tests"):
-        shutil.copytree(ROOT / name, source / name, symlinks=True)
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", out, "."]
-    built = subprocess.run(command, cwd=source, capture_output=True, text=True)
-    assert built.returncode == 0, built.stdout + built.stderr
-    (wheel,) = out.glob("*.whl")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of both, built without network from a copy, so that the working tree stays clean."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
+    rubbish = shutil.ignore_patterns("__pycache__")
+    for path in ROOT.iterdir():
+        if path.is_file():
+            shutil.copy(path, source)
+    for name in ("infllm_agent", "kernels", "integrations", "tests", "docs", "examples"):
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=rubbish)
+    (source / "kernels" / "__pycache__").mkdir()
+    (source / "kernels" / "__pycache__" / "int8.cpython-311.pyc").touch()
+    run("build", "--no-isolation", "--outdir", out, source)  # the wheel is made from the source archive
+    return out
+
+
+def run(*command: str | Path) -> None:
+    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def wheel(built: Path) -> Path:
+    (wheel,) = built.glob("*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def wheel_names(wheel: Path) -> list[str]:
     with zipfile.ZipFile(wheel) as archive:
         return archive.namelist()
 
@@ -42,6 +62,28 @@ def test_root_folders_are_inside(wheel_names, folder):
 
 
 def test_data_files_are_inside_and_rubbish_is_not(wheel_names):
-    data = {"py.typed", "templates/smollm2.jinja", "inspector/page.html"}
+    data = {"py.typed", "model/templates/smollm2.jinja", "inspector/page.html"}
     assert {f"infllm_agent/{name}" for name in data} <= set(wheel_names)
     assert not [name for name in wheel_names if "__pycache__" in name or "tests/" in name]
+
+
+def test_the_version_is_said_once(wheel):
+    tree = ast.parse((ROOT / "infllm_agent" / "__init__.py").read_text("utf-8"))
+    said = {ast.unparse(node.targets[0]): node.value for node in tree.body if isinstance(node, ast.Assign)}
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        metadata = Parser().parsestr(archive.read(name).decode())
+    assert metadata["Version"] == ast.literal_eval(said["__version__"])
+
+
+def test_the_source_archive_has_docs_and_examples(built):
+    (archive,) = built.glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        names = {name.partition("/")[2] for name in opened.getnames()}
+    pages = [*ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/*.*"), ROOT / "CHANGELOG.md", ROOT / "constraints.txt"]
+    assert {page.relative_to(ROOT).as_posix() for page in pages} <= names
+    assert not [name for name in names if name.endswith(".pyc") or name.startswith("tests/")]
+
+
+def test_the_index_takes_it_and_shows_its_readme(built):
+    run("twine", "check", "--strict", *built.iterdir())

@@ -168,7 +168,7 @@ def test_a_summary_on_the_side(make):
     llm = make()
     messages = converse(llm, TALK)
     before = main_line(llm)
-    side = [HumanMessage("Summarise: " + " ".join(message.text for message in messages))]
+    side: list[BaseMessage] = [HumanMessage("Summarise: " + " ".join(message.text for message in messages))]
     check(llm, side, llm.invoke(side))
     assert main_line(llm) == before
     follow_up = [*messages, HumanMessage("And now?")]
@@ -439,7 +439,7 @@ def test_the_deepest_place_is_found(lines, history):
     tree = PrefixTree()
     for number, line in enumerate(lines):
         tree._lines[str(number)] = tree._lines.get(str(number)) or _line(line)
-    places = tree.places(None, infos, beginnings([Turn("user", text) for text in history]))
+    places = tree.places(None, infos, beginnings([Turn("user", text) for text in history]))  # type: ignore[arg-type]
     for place in places:
         line = lines[0 if place.name == "main" else int(place.name.removeprefix("main.b")) - 1]
         shared = 0

@@ -133,8 +133,7 @@ def test_an_answer_that_waits_while_its_session_is_closed(session: Session, monk
 @pytest.mark.parametrize("tokens", [1, 50])  # the last piece is out, or more would come
 def test_an_answer_whose_session_is_closed_or_rolled_back(session: Session, ended: str, tokens: int) -> None:
     pieces, left = session.stream_reply(prefix="It", max_tokens=tokens), []
-    for _ in range(min(tokens, 2)):
-        left.append(next(pieces))
+    left += [next(pieces) for _ in range(min(tokens, 2))]
     if ended == "closed":
         session.close()
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 from contextlib import closing
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -51,7 +52,7 @@ def dense(trace: Trace, rows: np.ndarray, length: int) -> np.ndarray:
 
 @pytest.mark.parametrize("mode", ["on", "sampled"])
 @pytest.mark.parametrize("name", ["llama", "qwen3", "smollm3", "granite"])
-def test_is_full_attention_while_everything_fits(name: str, mode: str) -> None:
+def test_is_full_attention_while_everything_fits(name: str, mode: Literal["on", "sampled"]) -> None:
     """The oracle: transformers' own eager attention over the whole text, at the queries that are traced."""
     model = tiny(name)
     ids = torch.randint(3, 97, (70,), generator=torch.Generator().manual_seed(2)).tolist()
@@ -160,7 +161,8 @@ def test_a_planted_fact_comes_first() -> None:
     trace = recorder.trace(5, 4, 46, n_sinks=2)
     messages = [span(0, 0, 11), span(1, 11, 12), span(2, 12, 40), span(3, 40, 46)]
     first, *others = trace.by_message(messages)
-    assert (first.message, first.focus) == (1, pytest.approx(torch.softmax(logits[3], 0)[7].item(), rel=0.01))
+    assert first.message == 1
+    assert first.focus == pytest.approx(torch.softmax(logits[3], 0)[7].item(), rel=0.01)
     assert max(others, key=lambda one: one.share).message == 3
     assert sum(one.share for one in (first, *others)) == pytest.approx(1)
     assert trace.by_message(messages, 1) == [first]

@@ -76,7 +76,7 @@ class _Like:
         self._generator = generator
 
     def draw(self, count: int, size: int) -> Tensor:
-        """(count, heads, size, head_dim)"""
+        """Draw keys or values: (count, heads, size, head_dim)."""
         heads, _, dim = self._mean.shape
         x = torch.empty((count, heads, size, dim), dtype=self._mean.dtype, device=self._mean.device)
         return x.normal_(generator=self._generator).mul_(self._deviation).add_(self._mean)

@@ -169,7 +169,6 @@ async def delete_session(session: str, request: Request, service: TheService, ca
 @router.post("/{session}/events", status_code=201)
 async def append_events(session: str, asked: Events, request: Request, service: TheService, caller: Caller) -> Response:
     """Append to a session, which is made if there is none. What is acknowledged is on disk; the model reads it soon."""
-
     for event in asked.events:
         if event.name is not None:
             check_label(event.name)

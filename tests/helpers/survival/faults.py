@@ -195,7 +195,7 @@ class Opening:
             self._open(base, calls.append)
             for call in calls:
                 if call.name not in READS:
-                    self._open(base, lambda now, number=call.number: KILL if now.number == number else None)
+                    self._open(base, lambda now, number=call.number: KILL if now.number == number else None)  # type: ignore[misc]
                     check_survivor(self._run, self._root, generation, probe=16)
                     yield Counter({"crashes": 1, f"crashes while {'opening' if base else 'making'} a session": 1})
 

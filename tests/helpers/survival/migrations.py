@@ -72,7 +72,7 @@ class Upgrade:
         for call in calls:
             if call.name in tracer.READS:
                 continue
-            killed, _ = self._open(lambda now, number=call.number: tracer.KILL if now.number == number else None)
+            killed, _ = self._open(lambda now, number=call.number: tracer.KILL if now.number == number else None)  # type: ignore[misc]
             assert killed, f"{call} never came"
             with SessionStore.open(self._root, "old", readonly=True) as store:
                 assert store.messages() == self._messages

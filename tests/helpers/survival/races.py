@@ -9,6 +9,7 @@ import threading
 import time
 import traceback
 from collections import Counter
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def race(root: Path, seed: int) -> Counter[str]:
     gate, open_gate = os.pipe()
     early = [dice.uniform(0, 0.002) for _ in range(2)]
 
-    def attempt(number: int) -> object:
+    def attempt(number: int) -> Callable[[Progress], None]:
         def work(progress: Progress) -> None:
             os.close(open_gate)
             os.read(gate, 1)  # until the parent lets both go

@@ -12,6 +12,7 @@ import platform
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 from survival.process import Progress, fork
@@ -206,7 +207,7 @@ def possible() -> bool:
     if not SUPPORTED:
         return False
     try:
-        traced("/", lambda _: None, lambda _: None)
+        traced(Path("/"), lambda _: None, lambda _: None)
     except OSError as error:
         if error.errno in (errno.EPERM, errno.EACCES, errno.ENOSYS):
             return False

@@ -29,7 +29,7 @@ from langchain_core.messages import (
     ToolMessage,
 )
 from langchain_core.prompts import ChatPromptTemplate
-from langchain_core.runnables import ConfigurableField, RunnableLambda
+from langchain_core.runnables import ConfigurableField, RunnableConfig, RunnableLambda
 from load_example import load_example
 from pydantic import ValidationError
 
@@ -183,7 +183,7 @@ def test_tool_results_observations_and_calls_are_stored(make):
             HumanMessage(["What is ", {"type": "text", "text": "wrong?"}]),
             AIMessage("Let me see.", tool_calls=[call]),
             ToolMessage("disk full", tool_call_id="call-1", name="lookup"),
-            ChatMessage("it is night", role="observation", name="clock"),
+            ChatMessage(content="it is night", role="observation", name="clock"),
         ]
     )
     history = llm.runtime.session("tools").messages()
@@ -252,7 +252,7 @@ def test_inside_a_node_the_config_is_found(make):
     async def anode(text: str) -> AIMessage:
         return await llm.ainvoke(text)
 
-    config = {"configurable": {"thread_id": "graph"}}
+    config: RunnableConfig = {"configurable": {"thread_id": "graph"}}
     assert node.invoke("hi", config).response_metadata["session_id"] == "graph"
     answer = asyncio.run(RunnableLambda(anode).ainvoke("hello", {"configurable": {"thread_id": "agraph"}}))
     assert answer.response_metadata["session_id"] == "agraph"
@@ -432,8 +432,8 @@ def test_streams_taken_in_turns_by_one_thread(make):
     [
         ([], "empty"),
         ([HumanMessage([{"type": "image_url", "image_url": {"url": "data:,"}}])], "image"),
-        ([FunctionMessage("x", name="f")], "FunctionMessage"),
-        ([ChatMessage("x", role="narrator")], "narrator"),
+        ([FunctionMessage(content="x", name="f")], "FunctionMessage"),
+        ([ChatMessage(content="x", role="narrator")], "narrator"),
     ],
 )
 def test_messages_that_no_session_can_hold(make, messages, said):
@@ -525,7 +525,7 @@ def test_copies_pickles_and_configurable_fields(make, tmp_path, tiny_model_folde
 def test_an_object_that_closes_waits_for_the_calls_of_others(tmp_path, tiny_model_folder):
     one, other = (ChatInfLLM(root=tmp_path, model=str(tiny_model_folder), session_id="s", max_tokens=30) for _ in "ab")
     with ThreadPoolExecutor(1) as pool:
-        with closing(one.stream("hi")) as stream:
+        with closing(one.stream("hi")) as stream:  # type: ignore[type-var]
             next(stream)
             closed = pool.submit(other.close)
             pieces = list(stream)
@@ -539,7 +539,7 @@ def test_the_root_is_the_users_unless_told_otherwise(monkeypatch, tmp_path):
     assert ChatInfLLM().root == str(default_root()) == str(tmp_path)
     monkeypatch.delenv("INFLLM_ROOT")
     assert Path(ChatInfLLM().root) == Path(os.path.expanduser("~/.local/share/infllm-agent"))
-    assert ChatInfLLM(root=tmp_path / "x", api_key="none", max_retries=2).root == str(tmp_path / "x")
+    assert ChatInfLLM(root=tmp_path / "x", api_key="none", max_retries=2).root == str(tmp_path / "x")  # type: ignore[call-arg]
 
 
 def test_equal_chat_models_share_what_they_load(tmp_path, tiny_model_folder):
@@ -596,7 +596,7 @@ def test_events_after_a_prompt_and_in_a_node(make):
     ops = SessionRunnable(llm=make(), session_id="ops")
     chain = ChatPromptTemplate.from_messages([("human", "Look at {host}.")]) | ops
     chain.invoke({"host": "db-3"})
-    RunnableLambda(lambda text: ops.invoke(text)).invoke("hi", {"configurable": {"thread_id": "node"}})
+    RunnableLambda(lambda text: ops.invoke(text)).invoke("hi", {"configurable": {"thread_id": "node"}})  # type: ignore[arg-type]
     assert stored(ops.llm, "ops")[0] == ("user", "Look at db-3.")
     assert stored(ops.llm, "node")[0] == ("user", "hi")
 
@@ -624,7 +624,7 @@ def test_a_failed_event_is_taken_back(make, monkeypatch):
 
 def test_one_thread_cannot_wait_for_itself(make):
     ops = SessionRunnable(llm=make(), session_id="ops")
-    with closing(ops.stream("one")) as chunks:
+    with closing(ops.stream("one")) as chunks:  # type: ignore[type-var]
         next(chunks)
         with pytest.raises(SessionBusy, match="this thread"):
             ops.invoke("two")
@@ -653,7 +653,7 @@ def test_events_that_are_none(make, event):
 @pytest.mark.model
 def test_the_packaged_model_end_to_end(tmp_path, smollm2_path):
     llm = ChatInfLLM(root=tmp_path, session_id="talk", dtype="float32", max_tokens=6)
-    system = [SystemMessage("Answer in one word.")]
+    system: list[BaseMessage] = [SystemMessage("Answer in one word.")]
     messages, answers = converse(llm, ["The capital of France?", "And of Italy?"], system)
     assert "Paris" in answers[0].text
     assert details(answers[1])[1] < details(answers[0])[1]

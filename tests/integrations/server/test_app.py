@@ -21,7 +21,7 @@ from infllm_agent.model.local_model import LocalModel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-WEATHER = {
+WEATHER: dict[str, Any] = {
     "type": "function",
     "function": {
         "name": "weather",
@@ -333,7 +333,7 @@ def test_threads_of_clients_do_not_meet(served):
                     messages.append({"role": "user", "content": f"client {number} turn {turn}"})
                     answer = client.chat.completions.create(model=served.model, messages=messages, max_tokens=4)
                     messages.append({"role": "assistant", "content": answer.choices[0].message.content or ""})
-                stored = httpx.get(f"{served.v1}/sessions/{answer.session_id}/messages").json()["data"]
+                stored = httpx.get(f"{served.v1}/sessions/{answer.session_id}/messages").json()["data"]  # type: ignore[attr-defined]
                 assert [(m["role"], m["text"]) for m in stored] == [(m["role"], m["content"]) for m in messages]
         except BaseException as error:
             failures.append(error)

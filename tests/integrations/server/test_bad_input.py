@@ -276,7 +276,7 @@ def test_too_many_calls_at_once(served, post, monkeypatch):
 
 def test_an_answer_that_takes_too_long(tmp_path, tiny_model):
     with serving(tmp_path, tiny_model, config=ServerConfig(timeout_s=0.5, most_tokens=100_000)) as served:
-        body = {"model": served.model, "messages": [HELLO], "max_tokens": 100_000}
+        body: dict[str, Any] = {"model": served.model, "messages": [HELLO], "max_tokens": 100_000}
         assert error_of(httpx.post(served.v1 + "/chat/completions", json=body, timeout=30), 504)["code"] == "timeout"
         with openai.OpenAI(base_url=served.v1, api_key="-", max_retries=0) as client:
             stream = client.chat.completions.create(**body, stream=True)

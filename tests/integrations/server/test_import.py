@@ -8,6 +8,7 @@ import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -68,7 +69,7 @@ def refused(response: httpx.Response, status: int, code: str) -> str:
 
 def left(served: Served) -> list[str]:
     """What lies about among the sessions, under way or abandoned."""
-    return [name for name in os.listdir(served.runtime.root / "sessions") if name.startswith(".")]
+    return [name for name in os.listdir(Path(served.runtime.root) / "sessions") if name.startswith(".")]
 
 
 def test_what_was_exported_goes_on_to_the_same_answer(http, served, archive):

@@ -188,7 +188,7 @@ def test_a_key_sees_its_own_sessions_only(guarded):
 
 
 def test_histories_and_responses_of_others_are_not_found(guarded):
-    history = [{"role": "user", "content": "the same words " * 8}]
+    history: list[Any] = [{"role": "user", "content": "the same words " * 8}]
     with (
         openai.OpenAI(base_url=guarded.v1, api_key=ADA, max_retries=0) as ada,
         openai.OpenAI(base_url=guarded.v1, api_key=BOB, max_retries=0) as bob,

@@ -31,11 +31,13 @@ class Hidden:
 
     def draw(self, lengths: Sequence[int], contexts: int, questions: int, seed: int, count: Count) -> list[Haystack]:
         filler = count(f"{FILLER} " * _MANY)
-        haystacks = []
+        haystacks: list[Haystack] = []
         for tokens in sorted(set(lengths)):
             rng = random.Random(f"{self.name}/{tokens}/{seed}")
-            for number in range(contexts):
-                haystacks.append(self._haystack(tokens, number, (number + 0.5) / contexts, rng, count, filler))
+            haystacks += [
+                self._haystack(tokens, number, (number + 0.5) / contexts, rng, count, filler)
+                for number in range(contexts)
+            ]
         return haystacks
 
     def _haystack(
