@@ -96,6 +96,7 @@ class WorkingCopy:
         self.lock = threading.RLock()
         self.state = State.BROKEN  # until it is loaded
         self.turn: object | None = None
+        self.tools: tuple[ToolSpec, ...] = ()
 
     # -- what it is doing ----------------------------------------------------------------------------------------------
 
@@ -277,7 +278,7 @@ class WorkingCopy:
         # What had not gone through the model yet waits again.
         self.pending = deque(self.store.token_ids(self.memory.length))
         announcing = self.store.announcing_message()
-        self.tools: tuple[ToolSpec, ...] = announcing.tools if announcing else ()
+        self.tools = announcing.tools if announcing else ()
         last = self.store.messages(-1)
         self.last_start = last[0].start if last else 0
         self.state = State.IDLE
