@@ -97,6 +97,7 @@ class WorkingCopy:
         self.lock = threading.RLock()
         self.state = State.BROKEN  # until it is loaded
         self.turn: object | None = None
+        self.tools: tuple[ToolSpec, ...] = ()
 
     # -- what it is doing ----------------------------------------------------------------------------------------------
 
