@@ -1,6 +1,6 @@
 # The OpenAI-compatible server, on the CPU.
 #
-#     docker build -t infllm-agent .
+#     docker build --build-arg TORCH_INDEX=... -t infllm-agent .
 #     docker run -p 8000:8000 -v sessions:/data -e INFLLM_API_KEYS=ops=KEY --stop-timeout 60 infllm-agent
 #
 # Without keys it does not start: inside a container it has to listen on all interfaces. More options: docs/server.md.
@@ -11,10 +11,12 @@ COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY infllm_agent infllm_agent
 COPY kernels kernels
 COPY integrations integrations
-# Builds of torch without CUDA: of the version in constraints.txt pip prefers the one marked +cpu.
+# The index of CPU builds that PyTorch's installation page names: of the version in constraints.txt pip prefers the one
+# marked +cpu. Without it, gigabytes of CUDA are installed.
+ARG TORCH_INDEX=
 RUN python -m venv /opt/venv \
     && /opt/venv/bin/pip install --no-cache-dir -c constraints.txt \
-        --extra-index-url https://download.pytorch.org/whl/cpu ".[server,metrics]"
+        ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} ".[server,metrics]"
 
 FROM python:3.11-slim
 

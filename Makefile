@@ -72,8 +72,8 @@ bench: $(STAMP)  ## measure retrieval and speed; results in bench-results/
 		--plot bench-results
 
 picture: $(STAMP)  ## draw docs/demo.svg and docs/chat.svg from real runs
-	$(BIN)/python docs/picture.py
-	$(BIN)/python docs/chat_picture.py
+	$(BIN)/python docs/tools/picture.py
+	$(BIN)/python docs/tools/chat_picture.py
 
 clean:  ## remove what the other targets made
 	rm -rf $(VENV) site build dist *.egg-info bench-results .coverage* .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -314,11 +314,6 @@ class Dispatcher:
         with self._changed:
             return self._close_one(self._idle())
 
-    def close_all_idle(self) -> None:
-        """Commit and close every session that is idle, and that nobody holds."""
-        while self.close_idle():
-            pass
-
     def _idle(self) -> set[str]:
         return self.sessions.open_names() - {*self._running, *self._lent, *self._pinning()}
 

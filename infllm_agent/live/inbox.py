@@ -6,16 +6,15 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, field
 from typing import Any
 
 from infllm_agent.errors import QueueFull
-from infllm_agent.messages import Message
+from infllm_agent.messages import Message, Turn
 from infllm_agent.reply import Reply
-from infllm_agent.tools import ToolCall, ToolSpec
 
 
 class Receipt(Future[Message]):
@@ -36,11 +35,7 @@ class Receipt(Future[Message]):
 class Post:
     """A message on its way, whole or in pieces."""
 
-    role: str
-    name: str | None = None
-    call_id: str | None = None
-    calls: Sequence[ToolCall] = ()
-    tools: Sequence[ToolSpec] = ()
+    turn: Turn
     pieces: deque[str] = field(default_factory=deque)
     streamed: bool = False
     complete: bool = False  # nothing will be added to it

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Generator, Sequence
 from os import PathLike
 from typing import Any, Protocol
 
 from infllm_agent.live.inbox import Flush, Inbox, PendingReply, Post, Receipt
-from infllm_agent.messages import Message
+from infllm_agent.messages import Message, Turn
 from infllm_agent.reply import Reply
 from infllm_agent.storage.session_store import SessionStore
 from infllm_agent.tools import ToolCall, ToolSpec
@@ -62,7 +63,7 @@ class LiveSession:
             Stopped: the runtime is stopping.
         """
         self._inbox.wait_for_room(timeout)
-        return self._put(role, text, name, call_id, calls, tools)
+        return self._put(Turn(role, text, name, call_id, tuple(calls), tuple(tools)))
 
     def append_system(self, text: str, *, tools: Sequence[ToolSpec] = ()) -> Receipt:
         return self.append("system", text, tools=tools)
@@ -88,7 +89,7 @@ class LiveSession:
     ) -> Receipt:
         """As ``append``; waits for room without holding up the loop. Await the receipt to know it on disk."""
         await asyncio.wrap_future(self._inbox.room())
-        return self._put(role, text, name, call_id, calls, tools)
+        return self._put(Turn(role, text, name, call_id, tuple(calls), tuple(tools)))
 
     def stream(self, role: str, *, name: str | None = None, call_id: str | None = None) -> LiveStream:
         """A message that arrives in pieces, and is read while it arrives. What is queued after it waits for its end.
@@ -96,7 +97,7 @@ class LiveSession:
         Raises:
             Stopped: the runtime is stopping.
         """
-        post = Post(role, name, call_id, streamed=True)
+        post = Post(Turn(role, "", name, call_id), streamed=True)
         self._inbox.put(post)
         return LiveStream(self._inbox, post)
 
@@ -106,17 +107,8 @@ class LiveSession:
     def stream_observation(self, name: str | None = None) -> LiveStream:
         return self.stream("observation", name=name)
 
-    def _put(
-        self,
-        role: str,
-        text: str,
-        name: str | None,
-        call_id: str | None,
-        calls: Sequence[ToolCall],
-        tools: Sequence[ToolSpec],
-    ) -> Receipt:
-        post = Post(role, name, call_id, calls, tools, complete=True)
-        post.pieces.append(text)
+    def _put(self, turn: Turn) -> Receipt:
+        post = Post(turn, deque([turn.text]), complete=True)
         self._inbox.put(post)
         return post.receipt
 

@@ -106,9 +106,7 @@ class Worker:
                         break
                 else:
                     text = self.inbox.take_text(post)
-                    message = session.append(
-                        post.role, text, name=post.name, call_id=post.call_id, calls=post.calls, tools=post.tools
-                    )
+                    message = session.add(post.turn._replace(text=text))
                     self._taken.append((post.receipt, message))
             except (InfLLMError, ValueError) as error:  # of this message: a role or a name that there is not
                 session.observer.failed(session.name, error)
@@ -123,7 +121,7 @@ class Worker:
         """Whether the message is complete."""
         stream = self.session.open_message if post.begun else None
         if stream is None:
-            stream = self.session.stream(post.role, name=post.name, call_id=post.call_id)
+            stream = self.session.stream(post.turn.role, name=post.turn.name, call_id=post.turn.call_id)
             post.begun = True
         over = self.inbox.is_over(post)
         if not over and (text := self.inbox.take_text(post)):

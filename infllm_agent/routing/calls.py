@@ -9,12 +9,12 @@ from contextlib import closing, contextmanager
 from dataclasses import replace
 
 from infllm_agent.errors import BudgetExceeded, Cancelled, SessionFull, StorageError
+from infllm_agent.messages import Turn
 from infllm_agent.platform.cancellation import Cancellation
 from infllm_agent.reply import Usage
 from infllm_agent.routing.events import Called, Events, Finished, Piece
 from infllm_agent.routing.requests import Request
 from infllm_agent.routing.session_pool import OnDivergence, all_or_nothing, pool_of
-from infllm_agent.routing.turns import Turn
 from infllm_agent.runtime import AgentRuntime
 from infllm_agent.session.session import Session
 
@@ -111,7 +111,7 @@ def _written(session: Session, request: Request, cancelled: Cancellation) -> Eve
 
 def _append(session: Session, turns: Sequence[Turn]) -> None:
     for turn in turns:
-        session.append(turn.role, turn.text, name=turn.name, call_id=turn.call_id, calls=turn.calls, tools=turn.tools)
+        session.add(turn)
 
 
 @contextmanager

@@ -14,8 +14,8 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from infllm_agent.errors import CorruptSession, SessionMismatch, StorageError, UnknownSession
-from infllm_agent.messages import Message
-from infllm_agent.routing.turns import BEGINNING, Turn, link
+from infllm_agent.messages import Message, Turn
+from infllm_agent.routing.turns import BEGINNING, link
 from infllm_agent.runtime import AgentRuntime
 from infllm_agent.session.session import Session
 from infllm_agent.storage.catalog import SessionInfo

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from infllm_agent.config import SamplingConfig
-from infllm_agent.routing.turns import Turn
+from infllm_agent.messages import Turn
 from infllm_agent.session.session import Session
 from infllm_agent.tools import ToolSpec
 

@@ -21,11 +21,11 @@ from infllm_agent.errors import (
     SessionLocked,
     UnknownSession,
 )
+from infllm_agent.messages import Turn
 from infllm_agent.platform.cancellation import Cancellation
 from infllm_agent.routing.families import branch_names, family
 from infllm_agent.routing.handover import Handover
 from infllm_agent.routing.prefix_tree import Place, PrefixTree, beginnings
-from infllm_agent.routing.turns import Turn
 from infllm_agent.runtime import AgentRuntime
 from infllm_agent.session.session import Session
 from infllm_agent.storage.catalog import Catalog, SessionInfo
@@ -257,7 +257,7 @@ class SessionPool:
                 session = runtime.open_for_call(name)
                 empty = not session.message_count and session.open_message is None
             else:
-                empty = any(info.name == name and not info.messages for info in Catalog(runtime.root).list())
+                empty = any(info.name == name and not info.messages for info in Catalog(runtime.root).family(name))
             if empty:
                 runtime.delete(name)
 

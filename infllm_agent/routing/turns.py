@@ -1,29 +1,17 @@
-"""Turns: messages in the form in which a session stores them, and digests of histories."""
+"""Histories as turns, and their digests."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
-from infllm_agent.messages import Message
-from infllm_agent.tools import ToolCall, ToolSpec
+from infllm_agent.messages import Message, Turn
+from infllm_agent.tools import ToolSpec
 
 #: The model sees names in these messages only. Elsewhere they are labels of the caller's (agent frameworks put the
 #: agent's name on answers afterwards) and must not make a history another one.
 NAMED_ROLES = ("tool", "observation")
-
-
-class Turn(NamedTuple):
-    """A message as a session stores it."""
-
-    role: str
-    text: str
-    name: str | None = None
-    call_id: str | None = None
-    calls: tuple[ToolCall, ...] = ()
-    tools: tuple[ToolSpec, ...] = ()
 
 
 def announcing(turns: Sequence[Turn], tools: Sequence[ToolSpec], default_system: Callable[[], str]) -> list[Turn]:

@@ -17,7 +17,7 @@ from infllm_agent.generation.constraint import Constraint
 from infllm_agent.generation.grammar import Grammars
 from infllm_agent.generation.writer import Writer
 from infllm_agent.memory.trace_recorder import TraceRecorder
-from infllm_agent.messages import Message
+from infllm_agent.messages import Message, Turn
 from infllm_agent.reply import Reply, Usage
 from infllm_agent.session.working_copy import State, WorkingCopy
 from infllm_agent.tools import ToolCall, ToolSpec
@@ -141,7 +141,7 @@ class Answer:
                 working.memory.recorder = None
                 if working.token_count > self._start:  # the turn was opened: close it, so that the next message fits
                     working.take(chat.close("assistant"))
-                    working.record("assistant", self._prefix, self._start, self._time)
+                    working.record(Turn("assistant", self._prefix), self._start, self._time)
                 working.end()
                 raise
             self._input_tokens, self._prefilled = working.token_count, working.memory.length - fed_before
@@ -160,7 +160,7 @@ class Answer:
         ended = bool(writer.generated) and writer.generated[-1] in chat.stop_ids
         working.take(chat.after_stop(writer.generated[-1]) if ended else chat.close("assistant"))
         calls = _with_ids(writer.calls, f"{working.store.id} {working.message_count}")
-        message = working.record("assistant", writer.text, self._start, self._time, calls=calls)
+        message = working.record(Turn("assistant", writer.text, calls=calls), self._start, self._time)
         trace = self._recording.trace(message)
         if trace.queries:
             working.keep_trace(trace)

@@ -7,9 +7,8 @@ from typing import Any
 
 from infllm_agent.chat.format import ChatFormat, TextStream
 from infllm_agent.errors import SessionBusy
-from infllm_agent.messages import Message
+from infllm_agent.messages import Message, Turn
 from infllm_agent.session.working_copy import State, WorkingCopy
-from infllm_agent.tools import ToolCall, ToolSpec
 
 
 class MessageStream:
@@ -18,20 +17,9 @@ class MessageStream:
     Use it in a ``with`` statement. If the block fails, the message is closed with what had arrived.
     """
 
-    def __init__(
-        self,
-        working: WorkingCopy,
-        chat: ChatFormat,
-        role: str,
-        *,
-        name: str | None = None,
-        call_id: str | None = None,
-        calls: tuple[ToolCall, ...] = (),
-        tools: tuple[ToolSpec, ...] = (),
-    ) -> None:
-        self._working, self._chat = working, chat
-        self._role, self._name, self._call_id = role, name, call_id
-        self._calls, self._tools = calls, tools
+    def __init__(self, working: WorkingCopy, chat: ChatFormat, turn: Turn) -> None:
+        self._working, self._chat, self._turn = working, chat, turn
+        self._around: dict[str, Any] = {"name": turn.name, "call_id": turn.call_id, "tools": turn.tools}
         self._start, self._time = working.token_count, time.time()
         self._pieces: list[str] = []
         self._tokens = TextStream(chat.encoder)
@@ -41,9 +29,7 @@ class MessageStream:
         """Open the message: what stands before its text enters the session."""
         with self._working.use():
             self._working.check_idle()
-            opening = self._chat.open(
-                self._role, name=self._name, first=self._start == 0, tools=self._tools, call_id=self._call_id
-            )
+            opening = self._chat.open(self._turn.role, first=self._start == 0, **self._around)
             self._working.begin(State.ARRIVING, self)
             self._working.take(opening)
         return self
@@ -52,7 +38,7 @@ class MessageStream:
     def resume(cls, working: WorkingCopy, chat: ChatFormat, record: dict[str, Any]) -> MessageStream:
         """Open the message that ``record`` was made of again. The session has the tokens that it had then."""
         # Neither the assistant's messages nor the system's come in pieces: there are no calls and no tools.
-        stream = cls(working, chat, record["role"], name=record["name"], call_id=record["call_id"])
+        stream = cls(working, chat, Turn(record["role"], "", record["name"], record["call_id"]))
         stream._start, stream._time = record["start"], record["time"]
         stream._pieces = [record["text"]]
         stream._tokens.write(record["held"])  # had no place where words part, so nothing comes out
@@ -62,9 +48,9 @@ class MessageStream:
     def record(self) -> dict[str, Any]:
         """Describe what has arrived so far, for JSON."""
         return {
-            "role": self._role,
-            "name": self._name,
-            "call_id": self._call_id,
+            "role": self._turn.role,
+            "name": self._turn.name,
+            "call_id": self._turn.call_id,
             "start": self._start,
             "time": self._time,
             "text": "".join(self._pieces),
@@ -109,25 +95,9 @@ class MessageStream:
         if working.turn is not self:
             raise SessionBusy("this message was taken back, with what came after the last commit")
         text = "".join(self._pieces)
-        close = self._chat.close(
-            self._role,
-            name=self._name,
-            tools=self._tools,
-            call_id=self._call_id,
-            calls=self._calls,
-            after_text=bool(text),
-        )
+        close = self._chat.close(self._turn.role, calls=self._turn.calls, after_text=bool(text), **self._around)
         working.take(self._tokens.close() + close)
-        message = working.record(
-            self._role,
-            text,
-            self._start,
-            self._time,
-            name=self._name,
-            call_id=self._call_id,
-            calls=self._calls,
-            tools=self._tools,
-        )
+        message = working.record(self._turn._replace(text=text), self._start, self._time)
         working.end()
         return message
 

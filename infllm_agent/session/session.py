@@ -15,7 +15,7 @@ from infllm_agent.errors import ConfigError, InfLLMError
 from infllm_agent.generation.grammar import Grammars
 from infllm_agent.maintenance.archive import export_session
 from infllm_agent.memory.context import ContextMemory
-from infllm_agent.messages import Message
+from infllm_agent.messages import Message, Turn
 from infllm_agent.model.local_model import LocalModel
 from infllm_agent.model.replay import replay
 from infllm_agent.platform.faults import storage_errors
@@ -204,9 +204,13 @@ class Session:
             ConfigError: calls or tools in a message of another role.
             SessionBusy: a streamed message is open.
         """
+        return self.add(Turn(role, text, name, call_id, tuple(calls), tuple(tools)))
+
+    def add(self, turn: Turn) -> Message:
+        """Append a whole message, like ``append``."""
         with self.working.use():
-            with self._stream_message(role, name, call_id, tuple(calls), tuple(tools)) as stream:
-                stream.write(text)
+            with self._open(turn) as stream:
+                stream.write(turn.text)
             return stream.close()
 
     def append_system(self, text: str, *, tools: Sequence[ToolSpec] = ()) -> Message:
@@ -226,23 +230,15 @@ class Session:
 
     def stream(self, role: str, *, name: str | None = None, call_id: str | None = None) -> MessageStream:
         """A message that arrives in pieces. No other message or reply is possible until it is closed."""
-        return self._stream_message(role, name, call_id, (), ())
+        return self._open(Turn(role, "", name, call_id))
 
-    def _stream_message(
-        self,
-        role: str,
-        name: str | None,
-        call_id: str | None,
-        calls: tuple[ToolCall, ...],
-        tools: tuple[ToolSpec, ...],
-    ) -> MessageStream:
-        if (calls and role != "assistant") or (tools and role != "system"):
+    def _open(self, turn: Turn) -> MessageStream:
+        if (turn.calls and turn.role != "assistant") or (turn.tools and turn.role != "system"):
             raise ConfigError(
-                f"a message of the {role} has no calls and no tools: the assistant calls, the system tells"
+                f"a message of the {turn.role} has no calls and no tools: the assistant calls, the system tells"
             )
         with self.working.use():
-            stream = MessageStream(self.working, self.chat, role, name=name, call_id=call_id, calls=calls, tools=tools)
-            return stream.begin()
+            return MessageStream(self.working, self.chat, turn).begin()
 
     def stream_tool_result(self, name: str, *, call_id: str | None = None) -> MessageStream:
         return self.stream("tool", name=name, call_id=call_id)

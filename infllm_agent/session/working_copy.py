@@ -19,7 +19,7 @@ from infllm_agent.config import MemoryConfig
 from infllm_agent.errors import Cancelled, SessionBusy, SessionClosed
 from infllm_agent.memory import snapshot
 from infllm_agent.memory.context import ContextMemory
-from infllm_agent.messages import Message
+from infllm_agent.messages import Message, Turn
 from infllm_agent.model.local_model import LocalModel
 from infllm_agent.model.turns import Urgency
 from infllm_agent.platform.faults import storage_errors
@@ -28,7 +28,7 @@ from infllm_agent.storage.fork import check_messages
 from infllm_agent.storage.rows import Extent, Log
 from infllm_agent.storage.session_store import SessionStore
 from infllm_agent.storage.tail import read_tail, remove_other_tails, write_tail
-from infllm_agent.tools import ToolCall, ToolSpec
+from infllm_agent.tools import ToolSpec
 from infllm_agent.trace import Trace
 
 
@@ -93,7 +93,6 @@ class WorkingCopy:
         self.batch = batch
         self.cancelled: Callable[[], bool] = lambda: False
         self.eager = True
-        self.tools: tuple[ToolSpec, ...] = ()
         self.lock = threading.RLock()
         self.state = State.BROKEN  # until it is loaded
         self.turn: object | None = None
@@ -190,19 +189,9 @@ class WorkingCopy:
         self._new_ids.extend(ids)
         self.pending.extend(ids)
 
-    def record(
-        self,
-        role: str,
-        text: str,
-        start: int,
-        when: float,
-        *,
-        name: str | None = None,
-        call_id: str | None = None,
-        calls: tuple[ToolCall, ...] = (),
-        tools: tuple[ToolSpec, ...] = (),
-    ) -> Message:
-        """Enter a message, whose tokens are all taken, in the history."""
+    def record(self, turn: Turn, start: int, when: float) -> Message:
+        """Enter a message in the history, whose tokens are all taken, the first of them at ``start``."""
+        role, text, name, call_id, calls, tools = turn
         message = Message(self.message_count, role, name, call_id, text, when, start, self.token_count, calls, tools)
         self._new_messages.append(message)
         self.tools = tools or self.tools

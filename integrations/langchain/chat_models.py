@@ -32,6 +32,7 @@ from infllm_agent.integrations.langchain.config import with_session_id
 from infllm_agent.integrations.langchain.messages import history_of
 from infllm_agent.integrations.langchain.structured_output import Method, structured
 from infllm_agent.integrations.langchain.tools import form_of, openai_tool
+from infllm_agent.messages import Turn
 from infllm_agent.platform.cancellation import Cancellation
 from infllm_agent.platform.threads import from_thread
 from infllm_agent.routing.calls import answer_history, never, time_limit
@@ -39,7 +40,6 @@ from infllm_agent.routing.families import family, session_name
 from infllm_agent.routing.requests import Form, Request
 from infllm_agent.routing.requests import tool_choice as choose_tool
 from infllm_agent.routing.session_pool import OnDivergence, delete_stored, pool_of, prune_stored
-from infllm_agent.routing.turns import Turn
 from infllm_agent.runtime import AgentRuntime
 from infllm_agent.storage.session_store import SessionStore
 

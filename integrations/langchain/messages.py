@@ -9,7 +9,8 @@ from langchain_core.messages import AIMessage, BaseMessage, ChatMessage, HumanMe
 from langchain_core.prompt_values import PromptValue
 
 from infllm_agent.chat.format import ROLES
-from infllm_agent.routing.turns import NAMED_ROLES, Turn, announcing
+from infllm_agent.messages import Turn
+from infllm_agent.routing.turns import NAMED_ROLES, announcing
 from infllm_agent.tools import ToolCall, ToolSpec
 
 #: What ``SessionRunnable`` takes: a user's text, a message, an event, a prompt, or a list of them.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from functools import partial
 from typing import Any, cast
 
@@ -13,6 +13,7 @@ from langchain_core.messages import AIMessage
 from langchain_core.outputs import ChatGenerationChunk, ChatResult
 from langchain_core.runnables import RunnableConfig, RunnableSerializable
 
+from infllm_agent.errors import InvalidName
 from infllm_agent.integrations.langchain.chat_models import ChatInfLLM
 from infllm_agent.integrations.langchain.chunks import chunks_of
 from infllm_agent.integrations.langchain.config import with_session_id
@@ -23,6 +24,7 @@ from infllm_agent.routing.calls import answer_events, never, time_limit
 from infllm_agent.routing.families import session_name
 from infllm_agent.routing.requests import Request
 from infllm_agent.runtime import AgentRuntime
+from infllm_agent.storage.catalog import Catalog
 
 
 class SessionRunnable(RunnableSerializable[SessionInput, AIMessage]):
@@ -124,8 +126,10 @@ class SessionRunnable(RunnableSerializable[SessionInput, AIMessage]):
 
 def _name_of(runtime: AgentRuntime, session_id: str) -> str:
     """Name the session for an id: the one of that very name, if there is one, which may be a branch."""
-    names = {info.name for info in runtime.sessions()}
-    return session_id if session_id in names else session_name(session_id)
+    with suppress(InvalidName):
+        if Catalog(runtime.root).find(session_id) is not None:
+            return session_id
+    return session_name(session_id)
 
 
 def _message_of(result: ChatResult) -> AIMessage:

@@ -29,10 +29,10 @@ from infllm_agent.integrations.server.errors import error_of
 from infllm_agent.maintenance.archive import export_session, import_session
 from infllm_agent.maintenance.bucket import Bucket
 from infllm_agent.maintenance.check import check
+from infllm_agent.messages import Turn
 from infllm_agent.model.local_model import LocalModel
 from infllm_agent.platform.cancellation import Cancellation
 from infllm_agent.routing.session_pool import SessionPool
-from infllm_agent.routing.turns import Turn
 from infllm_agent.storage.catalog import Catalog
 from infllm_agent.storage.session_store import SessionStore
 

@@ -42,7 +42,7 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def script(name: str) -> ModuleType:
-    return load_module(DOCS / f"{name}.py")
+    return load_module(DOCS / "tools" / f"{name}.py")
 
 
 # -- the site --------------------------------------------------------------------------------------------------------
@@ -284,7 +284,7 @@ def test_sizes_are_those_of_the_packaged_model(smollm2_path):
 def test_the_tables_are_what_the_script_computes():
     sizing = script("sizing")
     page = (DOCS / "operations.md").read_text("utf-8")
-    assert sizing.filled(page) == page, "run: python docs/sizing.py --write"
+    assert sizing.filled(page) == page, "run: python docs/tools/sizing.py --write"
     assert [
         sizing.shown(size).replace("\u00a0", " ") for size in (999, 1000, 23_808, 999_600, 135e9, 2.03e12, 2e15)
     ] == [
@@ -300,4 +300,4 @@ def test_the_tables_are_what_the_script_computes():
 
 def test_the_picture_is_what_the_script_draws():
     drawn = script("figure").draw(MemoryConfig())
-    assert (DOCS / "memory.svg").read_text("utf-8") == drawn, "run: python docs/figure.py"
+    assert (DOCS / "memory.svg").read_text("utf-8") == drawn, "run: python docs/tools/figure.py"

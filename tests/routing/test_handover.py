@@ -11,11 +11,11 @@ import pytest
 
 from infllm_agent.config import MemoryConfig
 from infllm_agent.errors import Cancelled, SessionLocked
+from infllm_agent.messages import Turn
 from infllm_agent.model.local_model import LocalModel
 from infllm_agent.platform.cancellation import Cancellation
 from infllm_agent.routing.handover import Handover
 from infllm_agent.routing.session_pool import SessionPool
-from infllm_agent.routing.turns import Turn
 from infllm_agent.runtime import AgentRuntime
 from infllm_agent.session.session import Session
 

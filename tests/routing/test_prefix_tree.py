@@ -18,11 +18,11 @@ from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, System
 
 from infllm_agent.config import MemoryConfig, RuntimeConfig
 from infllm_agent.integrations.langchain import ChatInfLLM, DivergedHistory
+from infllm_agent.messages import Turn
 from infllm_agent.model.local_model import LocalModel
 from infllm_agent.platform.cancellation import Cancellation
 from infllm_agent.routing.prefix_tree import PrefixTree, beginnings
 from infllm_agent.routing.session_pool import pool_of
-from infllm_agent.routing.turns import Turn
 from infllm_agent.runtime import AgentRuntime
 from infllm_agent.session.session import Session
 

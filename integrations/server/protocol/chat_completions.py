@@ -21,9 +21,9 @@ from infllm_agent.integrations.server.protocol.messages import (
 )
 from infllm_agent.integrations.server.protocol.requests import AnswerRequest
 from infllm_agent.integrations.server.service import Service
+from infllm_agent.messages import Turn
 from infllm_agent.routing.events import Completion, Finished
 from infllm_agent.routing.requests import Form
-from infllm_agent.routing.turns import Turn
 from infllm_agent.session.session import Session
 from infllm_agent.tools import ToolCall, dumps
 

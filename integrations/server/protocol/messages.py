@@ -9,9 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from infllm_agent.errors import InfLLMError
 from infllm_agent.integrations.server.errors import bad_request
-from infllm_agent.messages import Message
+from infllm_agent.messages import Turn
 from infllm_agent.routing.requests import Form, form_of
-from infllm_agent.routing.turns import Turn, announcing
+from infllm_agent.routing.turns import announcing
 from infllm_agent.tools import ToolCall, ToolSpec, loads
 
 _TEXT = ("text", "input_text", "output_text", "refusal")
@@ -194,8 +194,3 @@ def named(turns: Sequence[Turn], where: str, before: Sequence[Turn] = ()) -> lis
         asked |= {call.id: call.name for call in turn.calls}
         found.append(turn)
     return found
-
-
-def stored_turn(message: Message) -> Turn:
-    """Make a turn of a message that a session holds."""
-    return Turn(message.role, message.text, message.name, message.call_id, message.calls, message.tools)

@@ -11,10 +11,9 @@ from infllm_agent.integrations.server.errors import bad_request
 from infllm_agent.integrations.server.protocol.messages import Content, Function, Labelled, call_of, form, text_of
 from infllm_agent.integrations.server.protocol.requests import AnswerRequest
 from infllm_agent.integrations.server.response_store import Key
-from infllm_agent.messages import Message
+from infllm_agent.messages import Message, Turn
 from infllm_agent.routing.events import Finished
 from infllm_agent.routing.requests import Form
-from infllm_agent.routing.turns import Turn
 
 
 class MessageItem(Labelled):

@@ -16,15 +16,16 @@ from infllm_agent.integrations.server.auth import Namespace
 from infllm_agent.integrations.server.deps import Caller, TheService
 from infllm_agent.integrations.server.errors import JsonResponse, bad_request
 from infllm_agent.integrations.server.protocol.chat_completions import ChatRequest, Frame, call_fields, usage_fields
-from infllm_agent.integrations.server.protocol.messages import history, named, stored_turn
+from infllm_agent.integrations.server.protocol.messages import history, named
 from infllm_agent.integrations.server.protocol.requests import ERRORS, NAMELESS, SessionHeader, seed_of, stops_of
 from infllm_agent.integrations.server.service import Service
 from infllm_agent.integrations.server.sse import EventStream, event_of
+from infllm_agent.messages import Turn
 from infllm_agent.platform.cancellation import Cancellation
 from infllm_agent.routing.calls import answer_events, answer_history
 from infllm_agent.routing.events import Events, Finished, Piece, completion_of
 from infllm_agent.routing.requests import Request as Call
-from infllm_agent.routing.turns import Turn, announcing
+from infllm_agent.routing.turns import announcing
 from infllm_agent.storage.session_store import SessionStore
 
 Answer = Callable[[Cancellation], Events]
@@ -84,7 +85,7 @@ def stored_turns(service: Service, name: str, stop: int | None = None) -> list[T
     if service.catalog.find(name) is None:
         return []
     with SessionStore.open(service.runtime.root, name, readonly=True) as store:
-        return [stored_turn(message) for message in store.messages(0, stop)]
+        return [message.turn for message in store.messages(0, stop)]
 
 
 async def _events(service: Service, answer: Answer, frame: Frame, with_usage: bool) -> AsyncGenerator[str, None]:

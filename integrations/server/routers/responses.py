@@ -34,11 +34,11 @@ from infllm_agent.integrations.server.routers.chat_completions import Answer, an
 from infllm_agent.integrations.server.routers.stored_responses import kept_response
 from infllm_agent.integrations.server.service import Service
 from infllm_agent.integrations.server.sse import EventStream, event_of
+from infllm_agent.messages import Turn
 from infllm_agent.platform.cancellation import Cancellation
 from infllm_agent.routing.events import Completion, Event, Events, Finished, Piece, completion_of
 from infllm_agent.routing.families import branch_base
 from infllm_agent.routing.requests import Request as Call
-from infllm_agent.routing.turns import Turn
 from infllm_agent.session.session import Session
 from infllm_agent.tools import ToolCall, dumps
 

@@ -1,4 +1,4 @@
-"""Draw docs/chat.svg from a real chat in a pseudo-terminal: python docs/chat_picture.py"""
+"""Draw docs/chat.svg from a real chat in a pseudo-terminal: python docs/tools/chat_picture.py"""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "helpers"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "helpers"))
 from terminal import Terminal
 
 COLUMNS, ROWS = 96, 30
@@ -74,7 +74,7 @@ def _style(cell: pyte.screens.Char) -> Style:
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as root:
-        (Path(__file__).parent / "chat.svg").write_text(drawn(talk(root)))
+        (Path(__file__).parents[1] / "chat.svg").write_text(drawn(talk(root)))
 
 
 if __name__ == "__main__":

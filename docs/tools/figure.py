@@ -1,4 +1,4 @@
-"""Draw docs/memory.svg, the picture of how the memory works: python docs/figure.py
+"""Draw docs/memory.svg, the picture of how the memory works: python docs/tools/figure.py
 
 Its numbers are the defaults of MemoryConfig.
 """
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from infllm_agent.config import MemoryConfig
 
-TARGET = Path(__file__).parent / "memory.svg"
+TARGET = Path(__file__).parents[1] / "memory.svg"
 
 WIDTH, HEIGHT = 900, 562
 PAPER, SHELF, INK, QUIET, RULE = "#ffffff", "#f5f7fa", "#1f2933", "#52606d", "#cbd2d9"

@@ -1,7 +1,7 @@
 """What a session takes, in bytes, by tier: the tables of docs/operations.md.
 
-    python docs/sizing.py           # print them
-    python docs/sizing.py --write   # put them into the page
+    python docs/tools/sizing.py           # print them
+    python docs/tools/sizing.py --write   # put them into the page
 
 The figures follow from a model's shape and the memory's settings; tests/project/test_docs.py
 compares them with what a memory says of itself.
@@ -23,7 +23,7 @@ from infllm_agent.config import MemoryConfig
 from infllm_agent.memory.index import CELLS, INDEX_STEP
 from infllm_agent.memory.state import Division
 
-PAGE = Path(__file__).parent / "operations.md"
+PAGE = Path(__file__).parents[1] / "operations.md"
 LENGTHS = (10_000, 100_000, 1_000_000, 10_000_000)
 
 

@@ -1,4 +1,4 @@
-"""Draw docs/demo.svg from a real run of the demo: python docs/picture.py"""
+"""Draw docs/demo.svg from a real run of the demo: python docs/tools/picture.py"""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def main() -> None:
     drawn = console.export_svg(title="infllm-agent demo")
     # The exporter names a font to be fetched from the web; the viewer's own monospace font will do.
     drawn = re.sub(r"@font-face \{.*?\}", "", drawn, flags=re.DOTALL)
-    (Path(__file__).parent / "demo.svg").write_text(drawn)
+    (Path(__file__).parents[1] / "demo.svg").write_text(drawn)
 
 
 if __name__ == "__main__":
