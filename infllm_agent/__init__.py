@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from infllm_agent.agent.functions import StopAgent, Tool
     from infllm_agent.config import MemoryConfig, RuntimeConfig, SamplingConfig
     from infllm_agent.errors import InfLLMError
+    from infllm_agent.platform import logs
+    from infllm_agent.platform.signals import exit_on_signals
     from infllm_agent.runtime import AgentRuntime
     from infllm_agent.session.session import Session
 
@@ -22,6 +24,8 @@ __all__ = [
     "StopAgent",
     "Tool",
     "__version__",
+    "exit_on_signals",
+    "logs",
 ]
 __version__ = "0.1.0"
 
@@ -34,7 +38,9 @@ _HOME = {
     "Session": "session.session",
     "StopAgent": "agent.functions",
     "Tool": "agent.functions",
+    "exit_on_signals": "platform.signals",
 }
+_MODULES = {"logs": "platform.logs"}
 
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())  # silent, until somebody listens (``logs.setup``)
@@ -42,8 +48,10 @@ logging.getLogger(__name__).addHandler(logging.NullHandler())  # silent, until s
 
 def __getattr__(name: str) -> Any:
     # Loaded when asked for: listing sessions must not wait for torch.
-    if name in _HOME:
-        from importlib import import_module
+    from importlib import import_module
 
+    if name in _MODULES:
+        return import_module(f"infllm_agent.{_MODULES[name]}")
+    if name in _HOME:
         return getattr(import_module(f"infllm_agent.{_HOME[name]}"), name)
     raise AttributeError(f"module 'infllm_agent' has no attribute {name!r}")
