@@ -2,6 +2,8 @@
 
     python benchmarks/catalog.py --sessions 1000 10000
 
+    python benchmarks/catalog.py --sessions 10000 --model smollm2   # and of a call of ChatInfLLM, and of the server
+
 The sessions are empty. With an older version on ``PYTHONPATH`` and a root made by this one (``--root``), it prints what
 that version costs.
 """
@@ -16,9 +18,11 @@ import statistics
 import tempfile
 import time
 import uuid
-from collections.abc import Callable
-from contextlib import closing, suppress
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from infllm_agent.errors import UnknownSession
 
@@ -94,10 +98,83 @@ def measure(root: Path, times: int) -> dict[str, float]:
     return found
 
 
+@contextmanager
+def finding() -> Iterator[list[float]]:
+    """Add up the processor time in which calls look for their sessions, in milliseconds."""
+    from infllm_agent.integrations.server.auth import Namespace
+    from infllm_agent.routing.session_pool import SessionPool
+
+    spent, busy, undo = [0.0], [False], []
+
+    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            if busy[0]:
+                return function(*arguments, **options)
+            busy[0], began = True, time.thread_time()
+            try:
+                return function(*arguments, **options)
+            finally:
+                busy[0] = False
+                spent[0] += 1000 * (time.thread_time() - began)
+
+        return call
+
+    for kind, name in ((Catalog, "find"), (Catalog, "require"), (Namespace, "family"), (SessionPool, "_choose")):
+        function = getattr(kind, name)
+        undo.append(partial(setattr, kind, name, function))
+        setattr(kind, name, timed(function))
+    try:
+        yield spent
+    finally:
+        for restore in undo:
+            restore()
+
+
+def calls(root: Path, model: str, times: int) -> dict[str, float]:
+    """What a call of the chat model, and one of the server, spend on finding their sessions."""
+    from fastapi.testclient import TestClient
+
+    from infllm_agent import AgentRuntime
+    from infllm_agent.integrations.langchain import ChatInfLLM
+    from infllm_agent.integrations.server import create_app
+
+    found = {}
+    with AgentRuntime.open(root, model) as runtime:
+        llm = ChatInfLLM(runtime=runtime, max_tokens=2, session_id=f"mine-{time.time_ns()}")
+        history: list[tuple[str, str]] = []
+        spent = []
+        for number in range(times):
+            history.append(("user", f"Question {number}?"))
+            with finding() as total:
+                history.append(("assistant", llm.invoke(history).text))
+            spent.append(total[0])
+        found["call of ChatInfLLM, session there"] = statistics.median(spent[1:])
+        with TestClient(create_app(runtime)) as client:
+            spent = []
+            body: dict[str, Any] = {"model": runtime.model.name, "max_tokens": 2, "session_id": f"s-{time.time_ns()}"}
+            messages: list[dict[str, Any]] = []
+            for number in range(times):
+                messages.append({"role": "user", "content": f"Question {number}?"})
+                with finding() as total:
+                    answer = client.post("/v1/chat/completions", json={**body, "messages": messages}).json()
+                messages.append(answer["choices"][0]["message"])
+                spent.append(total[0])
+            found["call of the server, session there"] = statistics.median(spent[1:])
+            new = []
+            for number in range(times):
+                with finding() as total:
+                    one = {**body, "session_id": f"new-{number}-{time.time_ns()}", "messages": messages[:1]}
+                    client.post("/v1/chat/completions", json=one).raise_for_status()
+                new.append(total[0])
+            found["call of the server, new session"] = statistics.median(new)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--sessions", type=int, nargs="+", default=[1000, 10_000])
     parser.add_argument("--times", type=int, default=21)
+    parser.add_argument("--model", help="measure whole calls, too, on this model")
     parser.add_argument("--root", type=Path, help="keep the sessions there, and use those that are")
     options = parser.parse_args()
     for sessions in options.sessions:
@@ -106,7 +183,10 @@ def main() -> None:
             if not root.exists():
                 fill(root, sessions)
             print(f"{sessions:,} sessions: processor time in ms")
-            for what, spent in measure(root, options.times).items():
+            found = measure(root, options.times)
+            if options.model:
+                found |= calls(root, options.model, options.times)
+            for what, spent in found.items():
                 print(f"  {what:36}{spent:10.2f}")
 
 

@@ -211,7 +211,7 @@ class Dispatcher:
         self.stop()
         self._pool.shutdown(wait=True)
         for name, inbox in self._inboxes.items():
-            if inbox.has_work and not isinstance(inbox.head(), Loan):
+            if len(inbox) and not isinstance(inbox.head(), Loan):
                 self._run(name, inbox)
 
     # -- for workers -------------------------------------------------------------------------------------------------

@@ -291,7 +291,9 @@ def test_saving(tmp_path):
         assert printable(text) == text
         assert "[0] tool shell, " in text
     save(tmp_path / "a.jsonl", messages)
-    assert [json.loads(line)["text"] for line in (tmp_path / "a.jsonl").open()] == [m.text for m in messages]
+    assert [json.loads(line)["text"] for line in (tmp_path / "a.jsonl").read_text("utf-8").splitlines()] == [
+        m.text for m in messages
+    ]
     with pytest.raises(InfLLMError, match="already"):
         save(tmp_path / "a.md", [])
     save(tmp_path / "a.md", [], overwrite=True)

@@ -160,7 +160,7 @@ def test_a_restart_goes_on_where_it_was(make):
 def test_a_catalogue_that_is_behind_misleads_nobody(make, monkeypatch):
     llm = make(session_id="s")
     messages, _ = converse(llm, ["one"])
-    monkeypatch.setattr(Catalog, "_store_if_possible", lambda *_: None)
+    monkeypatch.setattr(Catalog, "record", lambda *_: None)
     messages, _ = converse(llm, ["two"], messages)
     on_main = llm.invoke([*messages, HumanMessage("three")])
     branched = llm.invoke([*messages[:2], HumanMessage("two, edited")])
